@@ -1,0 +1,35 @@
+# make demo    set up, and train across a slow link          make test    set up, and run what CI runs
+# make quick   the tests that take seconds                   make docs    the documentation, into build/site
+# make bench   measure against the peers (minutes; the throttled link needs root)
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Without an NVIDIA driver the CPU build of torch serves as well and is a tenth of the size: taken where pip finds one, else pip's default.
+TORCH  ?= $(if $(shell command -v nvidia-smi),,torch==2.13.0+cpu)
+
+.PHONY: demo test quick lint types docs bench clean
+demo: $(VENV)/.ready
+	$(BIN)/python examples/demo.py
+test: lint types
+	$(BIN)/python -m pytest
+quick: $(VENV)/.ready
+	$(BIN)/python -m pytest -m 'not slow'
+lint: $(VENV)/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+types: $(VENV)/.ready # type checkers read the packages through links, not through the import hook
+	mkdir -p build/types/fulgurite
+	for root in strategies callbacks plugins; do ln -sfn "../../../$$root" "build/types/fulgurite/$$root"; done
+	$(BIN)/mypy
+docs: $(VENV)/.ready
+	$(BIN)/mkdocs build --strict
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/streaming_diloco.py
+clean:
+	rm -rf build $(VENV)
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -z '$(TORCH)' || $(BIN)/python -c 'import torch' 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'pip has no $(TORCH): taking the default build'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
