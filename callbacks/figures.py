@@ -36,7 +36,7 @@ def log_figure(trainer: Trainer, name: str, figure: "Figure") -> None:
     try:
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise ValueError(f"`name` is a key such as 'hessian/spectrum', and a relative path in files, got {name!r}")
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # set, but nowhere declared
             loggers: list[Logger | None] = [*trainer.loggers] or [None]
             for logger in loggers:
                 _send(trainer, logger, name, figure)

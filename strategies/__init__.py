@@ -1,5 +1,7 @@
 """How processes train together; importing this package makes the strategies known to ``Trainer(strategy="name")``."""
 
+from typing import Any
+
 from lightning.pytorch.strategies import StrategyRegistry
 
 from fulgurite.strategies.replicas import ReplicaStrategy
@@ -7,7 +9,13 @@ from fulgurite.strategies.streaming_diloco import StreamingDiLoCoStrategy
 
 __all__ = ["ReplicaStrategy", "StreamingDiLoCoStrategy"]
 
-_DILOCO = {"sync_every": 500, "num_fragments": 1, "overlap_steps": 0, "outer_lr": 0.7, "quantize": "fp32"}
+_DILOCO: dict[str, Any] = {
+    "sync_every": 500,
+    "num_fragments": 1,
+    "overlap_steps": 0,
+    "outer_lr": 0.7,
+    "quantize": "fp32",
+}
 
 for _suffix, _start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
     StrategyRegistry.register(

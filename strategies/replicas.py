@@ -1,19 +1,19 @@
 """Replicas: processes that share a model and train it apart."""
 
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -63,8 +63,8 @@ class ReplicaStrategy(DDPStrategy):
             raise ValueError(f"`worker_state` must be 'gather' or 'none', got {worker_state!r}")
         if kwargs.get("model_averaging_period") is not None:
             raise MisconfigurationException(
-                f"`model_averaging_period` averages weights over the world, and so does {type(self).__name__} by its own"
-                " rule: remove the argument, or use DDPStrategy with the post-local-SGD hook"
+                f"`model_averaging_period` averages weights over the world, and {type(self).__name__} has a rule of its"
+                " own for that: remove the argument, or use DDPStrategy with the post-local-SGD hook"
             )
         super().__init__(**kwargs)
         self.devices_per_worker = devices_per_worker
@@ -124,7 +124,8 @@ class ReplicaStrategy(DDPStrategy):
 
     def new_group(self, ranks: Collection[int], backend: str | None = None) -> dist.ProcessGroup:
         """A process group with the strategy's timeout; all processes must make all groups, in the same order."""
-        return dist.new_group(list(ranks), timeout=self._group_timeout, backend=backend)
+        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=self._group_timeout, backend=backend)
+        return group
 
     def _make_groups(self) -> None:
         size = self.worker_size
@@ -346,9 +347,7 @@ class ReplicaStrategy(DDPStrategy):
             return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
     @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if "optimizer_states" in checkpoint and self._object_group is not None:  # else weights alone were asked for
             checkpoint[self.checkpoint_key] = {**self.rule_state(), "workers": self._gather_workers(checkpoint)}
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -409,12 +408,10 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
 
 def average_(buffers: Iterable[Tensor]) -> None:
     """Replaces floating buffers by their mean over all processes and the others by rank 0's, in place."""
-    floating, others = [], []
-    for buffer in buffers:
-        (floating if buffer.is_floating_point() else others).append(buffer)
-    broadcast_(others)
+    every = list(buffers)
+    broadcast_(buffer for buffer in every if not buffer.is_floating_point())
     flights = []
-    for buffer in floating:
+    for buffer in filter(Tensor.is_floating_point, every):
         total = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32), copy=True).contiguous()
         flights.append((buffer, total, dist.all_reduce(total, async_op=True)))
     for buffer, total, work in flights:

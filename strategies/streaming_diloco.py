@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -23,11 +23,11 @@ _PROG_BAR = ("diloco/bytes_sent", "diloco/wait_seconds")
 
 
 class StreamingDiLoCoStrategy(ReplicaStrategy):
-    """Trains across slow links: 4-bit outer gradients, one fragment at a time, overlapped with computation (2501.18512).
+    """Trains across slow links by 4-bit outer gradients, a fragment at a time, behind computation (arXiv 2501.18512).
 
     Every ``sync_every`` optimizer steps, staggered over the fragments, a fragment's outer gradient ``g - local`` is
-    averaged over the workers without waiting; ``overlap_steps`` later an outer Nesterov step moves the outer copy ``g``,
-    and the local weights are mixed with it. The module shows ``g`` during validation, in checkpoints and after the fit.
+    averaged over the workers without waiting; ``overlap_steps`` later an outer Nesterov step moves the outer copy
+    ``g``, and the local weights are mixed with it. The module shows ``g`` during validation, in checkpoints and after the fit.
 
     Args:
         sync_every: optimizer steps between two exchanges of the same fragment (H in the paper), at least 1.
@@ -122,8 +122,8 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
             "blocks_per_fragment": (self.blocks_per_fragment >= 1, "must be at least 1"),
             "overlap_steps": (
                 all(0 <= overlap < self.sync_every for overlap in overlap_list),
-                f"must be from 0 to below `sync_every` ({self.sync_every}), else a fragment would be sent before its last"
-                " exchange arrived",
+                f"must be from 0 to below `sync_every` ({self.sync_every}), else a fragment would be sent before its"
+                " last exchange arrived",
             ),
             "alpha": (0 <= self.alpha <= 1, "is the weight of the local value and must be in [0, 1]"),
             "outer_lr": (self.outer_lr > 0, "must be positive"),
@@ -161,7 +161,8 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     def _check_length(self, trainer: Trainer) -> None:
         steps = trainer.estimated_stepping_batches
-        if trainer.fast_dev_run or steps < 0:  # a loader of unknown length
+        unknown = steps < 0  # a loader without length
+        if unknown or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if steps < self.sync_every:
             raise MisconfigurationException(
@@ -178,8 +179,8 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
     def _overlap_of_each_worker(self) -> list[int]:
         if self.num_workers == 1:
             rank_zero_warn(
-                "there is one worker, so nothing is exchanged and Streaming DiLoCo runs as Lookahead: raise `devices` or"
-                " `num_nodes`, or lower `devices_per_worker`"
+                "there is one worker, so nothing is exchanged and Streaming DiLoCo runs as Lookahead: raise `devices`"
+                " or `num_nodes`, or lower `devices_per_worker`"
             )
         if not isinstance(self.overlap_steps, list):
             return [self.overlap_steps] * self.num_workers
@@ -327,7 +328,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     @override
     def shared_parameters(self) -> dict[str, Tensor]:
-        shared = {}
+        shared: dict[str, Tensor] = {}
         for names, fragment in zip(self._names, self._fragments, strict=True):
             shared.update(zip(names, fragment.views(fragment.full(fragment.value)), strict=True))
         return shared
