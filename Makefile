@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver the CPU build of torch serves as well and is a tenth of the size: taken where pip finds one, else pip's default.
 TORCH  ?= $(if $(shell command -v nvidia-smi),,torch==2.13.0+cpu)
 
-.PHONY: demo test quick lint types docs bench clean
+.PHONY: demo test quick lint types links docs bench clean
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 test: lint types
@@ -16,11 +16,12 @@ quick: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not slow'
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
-types: $(VENV)/.ready # type checkers read the packages through links, not through the import hook
+types: links
+	$(BIN)/mypy
+links: $(VENV)/.ready # mypy and mkdocstrings read the packages through links, not through the import hook
 	mkdir -p build/types/fulgurite
 	for root in strategies callbacks plugins; do ln -sfn "../../../$$root" "build/types/fulgurite/$$root"; done
-	$(BIN)/mypy
-docs: $(VENV)/.ready
+docs: links
 	$(BIN)/mkdocs build --strict
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/streaming_diloco.py

@@ -27,7 +27,8 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     Every ``sync_every`` optimizer steps, staggered over the fragments, a fragment's outer gradient ``g - local`` is
     averaged over the workers without waiting; ``overlap_steps`` later an outer Nesterov step moves the outer copy
-    ``g``, and the local weights are mixed with it. The module shows ``g`` during validation, in checkpoints and after the fit.
+    ``g``, and the local weights are mixed with it. The module shows ``g`` during validation, in checkpoints and
+    after the fit.
 
     Args:
         sync_every: optimizer steps between two exchanges of the same fragment (H in the paper), at least 1.

@@ -18,6 +18,7 @@ __all__ = ["dequantize_e3m0", "message_bytes", "quantize_e3m0"]
 # Values worked on at a time: on a CPU, so that a chunk stays in the second-level cache; elsewhere, to bound the memory.
 _CPU_CHUNK, _CHUNK = 1 << 17, 1 << 24
 _INF = 0x7F800000  # as bits of a float32; whatever is greater is nan
+_LEVELS = [0.0, *(2.0 ** (k - 6) for k in range(1, 8))]  # in units of 2^(E-1): the largest is 2
 _NAN_SCALE = 255  # as in E8M0, the one-byte exponent of bias 127 that the scales are stored in
 
 # Added to the bits of a magnitude, these carry into its exponent where it rounds up to the next power of two.
@@ -166,9 +167,6 @@ def _random_neighbour(scaled: Tensor, generator: torch.Generator | None) -> Tens
     low = low.masked_fill(magnitude < _LEVELS[1], 0)
     uniform = torch.rand(scaled.shape, dtype=torch.float64, device=scaled.device, generator=generator)
     return (low + gap * (uniform * gap < magnitude - low)).copysign(scaled)
-
-
-_LEVELS = [0.0, *(2.0 ** (k - 6) for k in range(1, 8))]  # in units of 2^(E-1): the largest is 2
 
 
 def _code_table() -> Tensor:

@@ -139,9 +139,9 @@ def plan(job: Job) -> list[Row]:
         ...     print(f"{row.name:27} {row.utilization:4.0%} {row.bytes_per_step:.1e}")
         DDP                           1% 4.0e+09
         DiLoCo                       39% 4.0e+07
-        Streaming DiLoCo             38% 4.0e+07
-        Streaming + overlap          39% 4.0e+07
-        Streaming + overlap + 4 bit  92% 5.1e+06
+        Streaming DiLoCo             39% 4.0e+07
+        Streaming + overlap          40% 4.0e+07
+        Streaming + overlap + 4 bit  93% 5.1e+06
     """
     return [_row(job, name, setting) for name, setting in _settings(job).items()]
 

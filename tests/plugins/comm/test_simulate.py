@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fulgurite.plugins.comm.simulate import DEFAULT_GRID, compute_utilization, required_bandwidth
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "1B": {"params": 1e9, "layers": 24, "step_seconds": 0.1},
     "10B": {"params": 1e10, "layers": 48, "step_seconds": 0.8},
     "100B": {"params": 1e11, "layers": 108, "step_seconds": 4.9},
@@ -60,18 +60,17 @@ def test_reproduces_the_table_of_the_paper() -> None:
         ]
     )
     assert off.size == 75
-    assert (off == 0).sum() == 66
-    assert (np.abs(off) <= 1).sum() == 74
-    assert np.abs(off).max() == 2
+    assert (off == 0).sum() == 69
+    assert np.abs(off).max() == 1
 
 
 def event_by_event(gbps: float, setting: dict[str, Any]) -> float:
     """The model once more, the slow way: every layer of every step, in absolute time."""
-    s = {"overlap_steps": 0, "bits_per_param": 16.0, "latency": 0.0, "forward_fraction": 1 / 3} | setting
+    s: dict[str, Any] = {"overlap_steps": 0, "bits_per_param": 16.0, "latency": 0.0, "forward_fraction": 1 / 3} | setting
     layers, every, step_seconds = s["layers"], s["sync_every"], s["step_seconds"]
     n = layers // s["blocks_per_fragment"]
-    gap, steps = {"ddp": (1, 12), "diloco": (every, 3 * every)}.get(s["method"], (max(1, every // n), None))
-    steps = steps or 3 * n * gap
+    steps = 12 if s["method"] == "ddp" else 3 * every
+    due = {(-(-p * every // n) % every, p - 1) for p in range(1, n + 1)}  # (step modulo sync_every, fragment)
     exchange = s["bits_per_param"] * s["params"] / layers / gbps / 1e9 + s["latency"]
     arrives: dict[tuple[int, int], float] = {}
     now = link = 0.0
@@ -81,10 +80,11 @@ def event_by_event(gbps: float, setting: dict[str, Any]) -> float:
         for layer in reversed(range(layers)):
             now += (1 - s["forward_fraction"]) * step_seconds / layers
             fragment = layer % n if s["pattern"] == "strided" else layer // s["blocks_per_fragment"]
-            if step % gap == 0 and (s["method"] != "streaming" or fragment == (step // gap - 1) % n):
+            streams = s["method"] == "streaming" and (step % every, fragment) in due
+            if streams or s["method"] == "ddp" or (s["method"] == "diloco" and step % every == 0):
                 link = max(link, now) + exchange
                 arrives[step + 1 + s["overlap_steps"], layer] = link
-    return steps * step_seconds / max(now, link)
+    return float(steps * step_seconds / max(now, link))
 
 
 @st.composite
@@ -184,8 +184,7 @@ def test_each_layer_is_exchanged_once_a_round(layers: int, blocks: int, pattern:
         1e-6, method="streaming", params=1e9, layers=layers, step_seconds=1.0, blocks_per_fragment=blocks,
         pattern=pattern, sync_every=8,
     )  # fmt: skip
-    n = layers // blocks
-    assert slow == pytest.approx(3 * n * (8 // n) / (3 * 16e9 / 1e3), rel=1e-3)
+    assert slow == pytest.approx(8 / (16e9 / 1e3), rel=1e-3)
 
 
 @given(setting=any_setting, level=st.floats(0.01, 1.0), exponents=st.lists(st.floats(-3, 3), min_size=1, max_size=6))
