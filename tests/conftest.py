@@ -1,5 +1,6 @@
 """What every test finds and leaves: offline, one thread, a folder of its own, and nothing left behind."""
 
+import gc
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ def process_group_destroyed() -> Iterator[None]:
     yield
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        gc.collect()  # a group that is garbage here must not be collected in a forked child, where its threads are not
 
 
 @pytest.fixture(autouse=True)

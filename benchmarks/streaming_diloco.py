@@ -1,0 +1,344 @@
+"""Streaming DiLoCo beside DDP, local SGD, DiLoCo and torchft: a slow link, overhead, and the loss at equal tokens.
+
+    python benchmarks/streaming_diloco.py [link|overhead|torchft|loss|figure|all] [--quick]
+
+Each section measures its methods in turn, several times, and replaces its part of ``results/streaming_diloco.json``.
+``--quick`` runs little of everything, and writes into ``build/benchmarks`` instead. ``link`` throttles a link between
+two network namespaces (Linux, root); ``torchft`` does too, and installs its peer into an environment that is gone
+afterwards. Where that is impossible they record why.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import _netns
+import _plots
+import torch
+from _record import RESULTS, record, spread
+from _worker import Job, environment, free_port, run
+
+Rows = dict[str, list[dict[str, float]]]  # method -> what each repetition measured
+
+TAU = 5  # `overlap_steps` of the measured setting
+TORCHFT = "torchft==0.2.0"
+QUICK_RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
+
+
+# ---- a slow link -----------------------------------------------------------------------------------------------------
+
+
+def link(quick: bool) -> dict[str, Any]:
+    """Two workers, a link of 10 or 100 Mbit/s: seconds and bytes of a step, and how long the workers stood still."""
+    reason = _netns.why_not()
+    if reason is not None:
+        return {"skipped": reason}
+    repetitions, rates = (2, [10]) if quick else (3, [10, 100])
+    jobs = {rate: link_jobs(rate, quick) for rate in rates}
+    rows: dict[int, Rows] = {rate: {name: [] for name in jobs[rate]} for rate in rates}
+    for repetition in range(repetitions):
+        for rate in rates:
+            for name, job in jobs[rate].items():
+                with _netns.link(rate) as places:
+                    measured = run(job(repetition), places)
+                rows[rate][name].append(link_row(measured))
+                say(f"link {rate} Mbit/s {name}", rows[rate][name][-1])
+    return {
+        "setting": {
+            "workers": 2,
+            "sync_every": jobs[rates[0]]["streaming"](0).sync_every,
+            "batch_size": 8,
+            "repetitions": repetitions,
+            "note": "wall: from the first batch to the end of the last exchange, mean of the workers; bytes: all that"
+            " one worker sends, as the kernel counts frames; ratios of methods with different `steps` are of"
+            " figures a step, which do not depend on their number where every step or round does the same. `solo` are"
+            " two processes that train side by side without a link. DDP pays for the broadcast that Lightning 2.6 does"
+            " before each batch; its bfloat16 hook and post-local SGD (without a start under DDP) are registered by"
+            " hand, since Lightning does so on CUDA alone",
+        },
+        **{f"mbit{rate}": {"methods": summary(rows[rate]), "ratios": link_ratios(rows[rate])} for rate in rates},
+    }
+
+
+def link_jobs(rate: float, quick: bool) -> dict[str, Callable[[int], Job]]:
+    """Makers, from a seed. A method that waits for the link in each step gets fewer steps."""
+    every, steps = (10, 30) if quick else (100, 300)
+    slow = 4 if quick else 20 if rate < 50 else 60
+
+    def maker(method: str, steps: int, **options: Any) -> Callable[[int], Job]:
+        return lambda seed: Job(method, steps, sync_every=every, seed=seed, wire=True, options=options)
+
+    return {
+        "solo": maker("solo", steps),
+        "streaming": maker("streaming", steps, overlap_steps=TAU),
+        "ddp": maker("ddp", slow),
+        "diloco": maker("diloco", steps),
+        "ddp_bf16": maker("ddp_bf16", slow),
+        "streaming_tau1": maker("streaming", steps, overlap_steps=1),
+        "post_local_sgd": maker("post_local_sgd", steps),
+    }
+
+
+def link_row(workers: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the workers; of the bytes, the worker that sent most."""
+    steps = workers[0]["steps"]
+    return {
+        "steps": steps,
+        "wall_s": mean(worker["wall_s"] for worker in workers),
+        "seconds_per_step": mean(worker["wall_s"] for worker in workers) / steps,
+        "median_step_s": mean(worker["median_step_s"] for worker in workers),
+        "wire_bytes_per_step": max(worker["wire_bytes"] for worker in workers) / steps,
+        "payload_bytes_per_step": max(worker["payload_bytes"] for worker in workers) / steps,
+        "peak_bytes": max(worker["peak_bytes"] for worker in workers),
+        "stall": mean(worker["wait_s"] / worker["wall_s"] for worker in workers),
+        "train_loss": mean(worker["train_loss"] for worker in workers),
+    }
+
+
+def link_ratios(rows: Rows) -> dict[str, Any]:
+    """Between the methods of one repetition, with the spread over repetitions; and the targets."""
+    found = {f"{name}_over_solo_time": ratio(rows, name, "solo", "seconds_per_step") for name in rows if name != "solo"}
+    for peer in ("ddp", "ddp_bf16", "post_local_sgd", "diloco"):
+        for figure in ("seconds_per_step", "wire_bytes_per_step", "payload_bytes_per_step", "peak_bytes"):
+            found[f"{peer}_over_streaming_{figure}"] = ratio(rows, peer, "streaming", figure)
+    found["streaming_stall"] = spread([row["stall"] for row in rows["streaming"]])
+    return found
+
+
+# ---- overhead --------------------------------------------------------------------------------------------------------
+
+
+def overhead(quick: bool) -> dict[str, Any]:
+    """Without a throttle: seconds of a step, and microseconds of the protocol in it."""
+    every, steps, repetitions = (20, 60, 2) if quick else (100, 500, 5)
+    methods = {"solo": {}, "ddp": {}, "streaming": {"overlap_steps": TAU}}
+    rows: Rows = {name: [] for name in methods}
+    for repetition in range(repetitions):
+        for name, options in methods.items():
+            workers = run(Job(name, steps, sync_every=every, seed=repetition, options=options))
+            rows[name].append(overhead_row(workers))
+            say(f"overhead {name}", rows[name][-1])
+    ratios = {
+        f"{name}_over_{peer}_{figure}": ratio(rows, name, peer, figure)
+        for name, peer in (("streaming", "ddp"), ("streaming", "solo"), ("ddp", "solo"))
+        for figure in ("seconds_per_step", "median_step_s")
+    }
+    setting = {"workers": 2, "sync_every": every, "overlap_steps": TAU, "steps": steps, "repetitions": repetitions}
+    return {"setting": setting, "methods": summary(rows), "ratios": ratios}
+
+
+def overhead_row(workers: list[dict[str, Any]]) -> dict[str, float]:
+    row = {
+        "seconds_per_step": mean(worker["wall_s"] / worker["steps"] for worker in workers),
+        "median_step_s": mean(worker["median_step_s"] for worker in workers),
+    }
+    if workers[0]["protocol_us"] is not None:
+        for kind in workers[0]["protocol_us"]:
+            row[f"protocol_{kind}_us"] = mean(worker["protocol_us"][kind] for worker in workers)
+    return row
+
+
+# ---- torchft ---------------------------------------------------------------------------------------------------------
+
+
+def torchft(quick: bool) -> dict[str, Any]:
+    """An outer step of each fragment of the byte model, by torchft's DiLoCo and by ours."""
+    reason = _netns.why_not()
+    if reason is not None:
+        return {"skipped": reason}
+    rounds = 3 if quick else 20
+    with TemporaryDirectory() as folder:
+        try:
+            python = python_with_torchft(Path(folder))
+        except subprocess.CalledProcessError as error:
+            return {"skipped": f"pip install {TORCHFT}: {error.stderr.strip().splitlines()[-1]}"}
+        found: dict[str, Any] = {}
+        for rate in [100] if quick else [10, 100, 10_000]:
+            rows, differences = torchft_rounds(python, rate, rounds, Path(folder))
+            ratios = {
+                f"{name}_over_{ours}_{figure}": ratio(rows, name, ours, figure)
+                for name in ("torchft", "torchft_bucketized")
+                for ours in ("ours_fp32", "ours_e3m0")
+                for figure in ("seconds", "wire_bytes")
+            }
+            found[f"mbit{rate}"] = {"methods": summary(rows), "ratios": ratios}
+            say(f"torchft {rate} Mbit/s", {name: median(row["seconds"] for row in rows[name]) for name in rows})
+    setting = {
+        "workers": 2,
+        "fragments": 3,
+        "rounds": rounds,
+        "note": "a round: an outer step of each fragment, waited for at once. torchft's includes its quorum and commit"
+        " (`coordination_s`), with its lighthouse's tick at 10 ms, a tenth of the default; its 8 bits need CUDA",
+    }
+    return {"setting": setting, "max_difference_to_ours_fp32": differences, **found}
+
+
+def python_with_torchft(folder: Path) -> str:
+    """A new environment in ``folder`` that sees this one's packages and has torchft besides."""
+    venv.create(folder / "env", with_pip=True)
+    paths = {"base": str(folder / "env"), "platbase": str(folder / "env")}
+    site = Path(sysconfig.get_path("purelib", vars=paths))
+    (site / "zz_parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    python = str(folder / "env" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", TORCHFT]
+    subprocess.run(install, check=True, capture_output=True, text=True, timeout=600)
+    return python
+
+
+def torchft_rounds(python: str, rate: float, rounds: int, folder: Path) -> tuple[Rows, dict[str, float]]:
+    script, port, *ports = str(Path(__file__).with_name("_torchft.py")), *(free_port() for _ in range(3))
+    with _netns.link(rate) as places:
+        processes = []
+        try:
+            for rank, place in enumerate(places):
+                arguments = [str(rank), str(rounds), json.dumps(ports), str(folder / f"result.{rank}")]
+                variables = environment(rank, places, port) | {"HERE": place.address}
+                log = open(folder / f"log.{rank}", "w")  # noqa: SIM115
+                command = [*place.prefix, python, script, *arguments]
+                processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
+            for rank, process in enumerate(processes):
+                if process.wait(timeout=600):
+                    raise RuntimeError((folder / f"log.{rank}").read_text()[-4000:])
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    results = [json.loads((folder / f"result.{rank}").read_text()) for rank in range(len(places))]
+    rows = {
+        name: [
+            {key: max(one[key], two[key]) for key in one}
+            for one, two in zip(results[0]["rounds"][name], results[1]["rounds"][name], strict=True)
+        ]
+        for name in results[0]["rounds"]
+    }
+    return rows, results[0]["max_difference_to_ours_fp32"]
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+LOSS = {"sync_every": 20, "batch_size": 4, "lr": 4e-3}
+LOSS_STEPS = 4000
+LOSS_METHODS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "diloco": {},
+    "streaming": {"overlap_steps": 1},
+}
+SOLO_LR = 4e-3
+LOSS_WHY = ""
+
+
+def loss(quick: bool) -> dict[str, Any]:
+    """Held-out loss of two workers by each method at equal tokens, and of one worker alone with half of them."""
+    steps, seeds = (40, [0, 1]) if quick else (LOSS_STEPS, [0, 1, 2])
+    common = LOSS | {"steps": steps, "val_every": steps // 10, "val_crops": 512 if quick else 4096}
+    curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in [*LOSS_METHODS, "solo"]}
+    walls: dict[str, list[float]] = {name: [] for name in curves}
+    for seed in seeds:
+        for name, options in LOSS_METHODS.items():
+            workers = run(Job(name, seed=seed, options=options, **common))
+            keep(name, workers[0], curves, walls)
+    for first in range(0, len(seeds), 2):  # two at a time: each is alone
+        jobs = [Job("solo", seed=seed, **common | {"lr": SOLO_LR}) for seed in [*seeds, *seeds][first : first + 2]]
+        for worker in run(jobs[0], jobs=jobs)[: len(seeds) - first]:
+            keep("solo", worker, curves, walls)
+    final = {name: [curve[-1]["nats_per_byte"] for curve in curves[name]] for name in curves}
+    over_ddp = {
+        name: spread([mine / theirs - 1 for mine, theirs in zip(final[name], final["ddp"], strict=True)])
+        for name in final
+        if name != "ddp"
+    }
+    return {
+        "setting": {
+            **LOSS,
+            "steps": steps,
+            "workers": 2,
+            "seeds": seeds,
+            "solo_lr": SOLO_LR,
+            "tokens_per_step_and_worker": LOSS["batch_size"] * 32,
+            "options": LOSS_METHODS,
+            "why": LOSS_WHY,
+        },
+        "curves": curves,
+        "final_nats_per_byte": {name: {"seeds": values, **spread(values)} for name, values in final.items()},
+        "final_over_ddp": over_ddp,
+        "bytes_sent": {name: curves[name][0][-1]["bytes_sent"] for name in curves},
+        "wall_s": {name: spread(values) for name, values in walls.items()},
+    }
+
+
+def keep(
+    name: str,
+    worker: dict[str, Any],
+    curves: dict[str, list[list[dict[str, float]]]],
+    walls: dict[str, list[float]],
+) -> None:
+    curves[name].append(worker["curve"])
+    walls[name].append(worker["wall_s"])
+    say(f"loss {name}", {"nats_per_byte": worker["curve"][-1]["nats_per_byte"], "wall_s": worker["wall_s"]})
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+def summary(rows: Rows) -> dict[str, dict[str, Any]]:
+    return {
+        name: {key: spread([row[key] for row in measured]) for key in measured[0]} for name, measured in rows.items()
+    }
+
+
+def ratio(rows: Rows, above: str, below: str, figure: str) -> dict[str, float]:
+    """Spread of the ratios within each repetition."""
+    return spread([a[figure] / b[figure] for a, b in zip(rows[above], rows[below], strict=True)])
+
+
+def say(what: str, figures: dict[str, float]) -> None:
+    print(f"{what}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+
+
+def save(section: str, result: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "streaming_diloco.json"
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[section] = result
+    path.write_text(json.dumps(everything, indent=2) + "\n")
+    return path
+
+
+SECTIONS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "link": link,
+    "overhead": overhead,
+    "torchft": torchft,
+    "loss": loss,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", nargs="?", default="all", choices=[*SECTIONS, "figure", "all"])
+    parser.add_argument("--quick", action="store_true", help="little of everything, into build/benchmarks")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as the processes that are measured
+    folder = QUICK_RESULTS if arguments.quick else RESULTS
+    for name, measure in SECTIONS.items():
+        if arguments.section in (name, "all"):
+            started = time.monotonic()
+            result = measure(arguments.quick)
+            took = {"took_s": round(time.monotonic() - started), "cores": os.cpu_count()}
+            print(save(name, record(peers=("lightning",), **result, **took), folder))
+    if arguments.section in ("figure", "all"):
+        results = json.loads((folder / "streaming_diloco.json").read_text())
+        print(*_plots.draw(results, folder), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
