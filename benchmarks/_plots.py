@@ -65,10 +65,12 @@ def loss_figure(loss: dict[str, Any]) -> Figure:
             final = mean(curve[-1]["nats_per_byte"] for curve in curves)
             by_bytes.axhline(final, color=color, linestyle="--", linewidth=1.2)
             by_bytes.annotate(
-                "one worker alone sends nothing", (1, final), (-2, 3), "axes fraction", textcoords="offset points"
+                "one worker alone", (0.02, final), (0, 3), by_bytes.get_yaxis_transform(), "offset points", color=color
             )
         else:
             band(by_bytes, [max(point["bytes_sent"], 1.0) / 1e6 for point in curves[0]], curves, color, label)
+    first = min(curves[0][0]["bytes_sent"] for name, curves in loss["curves"].items() if name != "solo") / 1e6
+    by_bytes.set_xlim(left=first / 15)  # room for the name of the line
     by_tokens.set(xlabel="million training bytes seen, all workers", ylabel="held-out nats a byte")
     by_bytes.set(xlabel="megabytes sent by each worker", xscale="log")
     low, high = final_range(loss)
@@ -100,12 +102,12 @@ def link_figure(link: dict[str, Any]) -> Figure:
     figure, panels = plt.subplots(1, len(rates) + 1, figsize=(7, 2.7), sharey=True)
     names = list(reversed([name for name in STYLE if name in link[rates[0]]["methods"]]))
     for axes, rate in zip(panels, rates, strict=False):
-        bars(axes, names, link[rate]["methods"], "seconds_per_step", 1e3, "{:.0f}")
-        axes.set(xlabel="milliseconds a step")
+        bars(axes, names, link[rate]["methods"], "seconds_per_step", 1e3, names)
+        axes.set(xlabel="milliseconds a step", xlim=(0, 1.3 * axes.dataLim.x1))
         axes.set_title(f"Time at {rate.removeprefix('mbit')} Mbit/s")
     sending = [name for name in names if link[rates[0]]["methods"][name]["wire_bytes_per_step"]["median"] > 0]
-    bars(panels[-1], sending, link[rates[0]]["methods"], "wire_bytes_per_step", 1e-3, "{:,.4g}", names)
-    panels[-1].set(xlabel="kilobytes a step and worker", xscale="log")
+    bars(panels[-1], sending, link[rates[0]]["methods"], "wire_bytes_per_step", 1e-3, names)
+    panels[-1].set(xlabel="kilobytes a step and worker", xscale="log", xlim=(1, 10 * panels[-1].dataLim.x1))
     panels[-1].set_title("On the wire")
     panels[0].set_yticks(range(len(names)), [STYLE[name][0] for name in names])
     for axes in panels:
@@ -114,24 +116,12 @@ def link_figure(link: dict[str, Any]) -> Figure:
     return figure
 
 
-def bars(
-    axes: Axes,
-    names: list[str],
-    methods: dict[str, Any],
-    figure: str,
-    unit: float,
-    form: str,
-    rows: list[str] | None = None,
-) -> None:
-    places = [(rows or names).index(name) for name in names]
-    values = [methods[name][figure]["median"] * unit for name in names]
-    spans = [
-        [abs(methods[name][figure][q] * unit - v) for name, v in zip(names, values, strict=True)]
-        for q in ("q25", "q75")
-    ]
-    axes.barh(
-        places, values, xerr=spans, color=[STYLE[name][1] for name in names], error_kw={"linewidth": 1}, height=0.7
-    )
-    for place, value in zip(places, values, strict=True):
-        axes.annotate(form.format(value), (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.margins(x=0.28)
+def bars(axes: Axes, names: list[str], methods: dict[str, Any], figure: str, unit: float, rows: list[str]) -> None:
+    """A bar a method, in the place of its name in ``rows``."""
+    for name in names:
+        low, value, high = (methods[name][figure][q] * unit for q in ("q25", "median", "q75"))
+        whisker = [[value - low], [high - value]]
+        axes.barh(rows.index(name), value, xerr=whisker, color=STYLE[name][1], error_kw={"linewidth": 1}, height=0.7)
+        number = f"{value:,.0f}" if value >= 20 else f"{value:.2g}"
+        end = (max(high, value), rows.index(name))
+        axes.annotate(number, end, (4, 0), textcoords="offset points", va="center", fontsize=8)

@@ -3,11 +3,11 @@
 import math
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,9 +24,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each (B, heads, T, width / heads)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, width / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, T, width)
 
@@ -45,7 +44,7 @@ class Block(nn.Module):
 
 
 class ByteLM(LightningModule):
-    """A GPT over bytes: 333 312 parameters at the defaults, half of a modern page of text in its context.
+    """A GPT over bytes; 333 312 parameters at the defaults.
 
     Args:
         width: of the residual stream, a multiple of ``heads``.
@@ -96,7 +95,7 @@ class ByteLM(LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val/nats_per_byte", self.loss(*batch), prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         steps = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:

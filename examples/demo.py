@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
 
 import wandb
 from byte_lm import ByteLM, PythonSource
-from jsonargparse import CLI
+from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import Strategy
@@ -57,7 +57,7 @@ class Run:
     nats: list[float] = field(default_factory=list)  # a held-out byte
     bytes_sent: list[float] = field(default_factory=list)
     peak_bytes: float = 0.0
-    wait_seconds: float | None = None
+    wait_seconds: float | None = None  # unknown for DDP, as is what it sends but by formula
     seconds: float = 0.0
 
 
@@ -147,12 +147,11 @@ def megabytes(count: float) -> str:
 
 
 def table(runs: list[Run]) -> Table:
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption_style="")
-    for heading in ("", "held out,\nnats a byte", "sent,\nMB a worker", "share\nof DDP's", "largest\nmessage, MB"):
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column("")
+    headings = ("held out,\nnats a byte", "sent,\nMB a worker", "share\nof DDP's", "largest\nmessage, MB")
+    for heading in (*headings, "waited,\ns", "trained,\ns"):
         result.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("waited,\ns", "trained,\ns"):
-        result.add_column(heading, justify="right", no_wrap=True)
-    result.columns[0].justify = "left"
     for run in runs:
         formula = run.wait_seconds is None
         result.add_row(
@@ -175,17 +174,18 @@ def draw(runs: list[Run]) -> Figure:
         sent = [count / 1e6 for count in run.bytes_sent]
         by_step.plot(run.steps, run.nats, **style)
         by_bytes.plot(sent, run.nats, **style)
+        end = (sent[-1], run.nats[-1])
         by_bytes.annotate(
             f"{megabytes(run.bytes_sent[-1])} MB",
-            (sent[-1], run.nats[-1]),
-            xytext=(0, -12),
+            end,
+            (-7, -5),
             textcoords="offset points",
-            ha="center",
-            color=COLOURS[run.name],
+            ha="right",
+            color=style["color"],
         )
     by_step.set(xlabel="optimizer steps", ylabel="held-out loss, nats a byte")
     by_bytes.set(xlabel="MB sent by a worker", xscale="log")
-    by_bytes.margins(x=0.08, y=0.1)
+    by_bytes.margins(x=0.08)
     by_bytes.xaxis.set_major_formatter("{x:g}")
     by_step.legend(frameon=False)
     for axes in (by_step, by_bytes):
@@ -212,10 +212,12 @@ def main(steps: int = 400, sync_every: int = 20, seed: int = 0, folder: Path = P
         seed: of the initial weights and the order of the data.
         folder: where ``demo.png`` and ``runs/demo`` go.
     """
+    every = 2 * sync_every
+    if steps < every:
+        raise ValueError(f"`steps` must be at least twice `sync_every` ({sync_every}), got {steps}")
+    steps -= steps % every
     quiet()
     console = Console(highlight=False)
-    every = 2 * sync_every
-    steps -= steps % every
     store = folder / "runs" / "demo"
     store.mkdir(parents=True, exist_ok=True)
     data = PythonSource()
@@ -239,4 +241,4 @@ def main(steps: int = 400, sync_every: int = 20, seed: int = 0, folder: Path = P
 
 
 if __name__ == "__main__":
-    CLI(main, as_positional=False)
+    auto_cli(main, as_positional=False)

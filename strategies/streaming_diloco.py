@@ -145,7 +145,6 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     @override
     def start(self, trainer: Trainer) -> None:
-        self._check_length(trainer)
         self._overlaps = self._overlap_of_each_worker()
         self._names = self._partition()
         parameters = dict(self._module.named_parameters())
@@ -160,7 +159,11 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
             (f"diloco/{name}" for name in ("bytes_sent", "bytes_received", "peak_bytes", "wait_seconds", "syncs")), 0.0
         )
 
-    def _check_length(self, trainer: Trainer) -> None:
+    @override
+    def on_train_start(self) -> None:
+        # Not in `setup`: the estimate loads the training data, and a stateful loader would miss its state from a
+        # checkpoint, which Lightning hands over between the two.
+        trainer = self._module.trainer
         steps = trainer.estimated_stepping_batches
         unknown = steps < 0  # a loader without length
         if unknown or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -345,7 +348,8 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
             "step": self._step,
             "num_workers": self.num_workers,
             "worker_size": self.worker_size,
-            **self._layout(),
+            "sync_every": self.sync_every,
+            "fragments": self._names,
             "value": [fragment.full(fragment.value).cpu().clone() for fragment in self._fragments],
             "velocity": [fragment.full(fragment.velocity).cpu().clone() for fragment in self._fragments],
             "pending": [
@@ -359,16 +363,16 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
             "stats": dict(self.stats),
         }
 
-    def _layout(self) -> dict[str, Any]:
-        return {"sync_every": self.sync_every, "num_fragments": len(self._names), "partition": self._names}
-
     @override
     def load_rule_state(self, state: Mapping[str, Any], same_workers: bool) -> None:
-        for key, now in self._layout().items():
-            if state[key] != now:
+        layout = [("sync_every", self.sync_every, state["sync_every"])]
+        layout += [("num_fragments", len(self._names), len(state["fragments"]))]
+        layout += [(f"fragment {i}", *both) for i, both in enumerate(zip(self._names, state["fragments"], strict=False))]
+        for name, now, before in layout:
+            if now != before:
                 raise MisconfigurationException(
-                    f"`{key}` is {now} and was {state[key]} in the checkpoint, so its outer state does not fit: set it"
-                    " back, or start a new run from the checkpoint's weights"
+                    f"`{name}` is {now} and was {before} in the checkpoint, so its outer state does not fit: set back"
+                    " what changed, or start a new run from the checkpoint's weights"
                 )
         self._step = state["step"]
         self.stats |= state["stats"]

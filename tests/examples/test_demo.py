@@ -23,7 +23,6 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         logger.setLevel(level)
 
 
-@pytest.mark.slow
 def test_three_trainings_a_table_a_figure_and_their_records(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,242 @@
+"""What all strategies of drifting replicas share: buffers, checkpoints, refusals, SIGTERM."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
+
+from fulgurite.strategies import StreamingDiLoCoStrategy
+from tests.suites.fits import OwnData, assert_same, fit, make, streaming
+from tests.suites.models import WIDTH, Normalised, Regressor
+
+
+class NormalisedOwnData(OwnData, Normalised):
+    """Batch norm over rows that differ between workers."""
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_buffers_are_averaged_in_what_is_shown_and_stay_local_in_training(tmp_path: Path) -> None:
+    class Buffers(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                self.local = pl_module.norm.running_mean.clone()
+
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            state = trainer.strategy.lightning_module_state_dict()
+            kept = {"local": pl_module.norm.running_mean.clone(), "shown": state["norm.running_mean"]}
+            kept["count"] = state["norm.num_batches_tracked"]
+            kept["tied"] = state["blocks.0.weight"]
+            kept["embed"] = state["embed.weight"]
+            torch.save(kept, tmp_path / f"buffers{trainer.global_rank}.pt")
+
+    fit(tmp_path / "run", NormalisedOwnData(), streaming(sync_every=5), callbacks=[Buffers()])
+    first, second = (torch.load(tmp_path / f"buffers{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert not torch.equal(first["local"], second["local"])
+    torch.testing.assert_close(first["shown"], (first["local"] + second["local"]) / 2)
+    assert torch.equal(first["shown"], second["shown"])
+    assert first["count"] == 20
+    assert torch.equal(first["tied"], first["embed"])
+
+
+def test_one_choice_of_the_best_checkpoint_though_the_monitored_losses_differ(tmp_path: Path) -> None:
+    class Choice(Callback):
+        def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            best = trainer.checkpoint_callback
+            assert isinstance(best, ModelCheckpoint)
+            (tmp_path / f"best{trainer.global_rank}").write_text(best.best_model_path)
+
+    checkpoint = ModelCheckpoint(
+        tmp_path, "{step}-{train_loss:.6f}", monitor="train_loss", save_top_k=2, every_n_train_steps=4
+    )
+    fit(tmp_path / "run", make(), streaming(sync_every=5), max_steps=24, callbacks=[checkpoint, Choice()])
+    choices = [(tmp_path / f"best{rank}").read_text() for rank in (0, 1)]
+    assert choices[0] == choices[1]
+    assert Path(choices[0]).exists()
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+
+
+def test_metrics_reach_the_logger_whatever_log_every_n_steps(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, version=0)
+    fit(tmp_path / "run", make(), streaming(sync_every=6), logger=logger, log_every_n_steps=1000)
+    rows = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines()]
+    steps = [int(row[rows[0].index("step")]) for row in rows[1:]]
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 16, 18]  # sent at 2, 4, 6, ..., received a step later; counted from 0
+    assert {
+        f"diloco/{name}"
+        for name in [
+            "bytes_sent",
+            "bytes_received",
+            "peak_bytes",
+            "wait_seconds",
+            "syncs",
+            "drift",
+            "outer_grad_norm",
+            "outer_cosine",
+        ]
+    } < set(rows[0])
+
+
+def test_logging_over_the_wire_in_each_step_warns(tmp_path: Path) -> None:
+    class Talkative(OwnData):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("everywhere", loss, sync_dist=True)
+            return loss
+
+    with pytest.warns(UserWarning, match=r"`self.log\(..., sync_dist=True\)` in `training_step` waits for all workers"):
+        fit(tmp_path, Talkative(), StreamingDiLoCoStrategy(sync_every=6), devices=1)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"devices_per_worker": 0}, "`devices_per_worker` must be None or at least 1, got 0"),
+        ({"worker_state": "all"}, "`worker_state` must be 'gather' or 'none', got 'all'"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StreamingDiLoCoStrategy(**arguments)
+
+
+def test_model_averaging_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="`model_averaging_period` averages weights over the world"):
+        StreamingDiLoCoStrategy(model_averaging_period=4)
+
+
+def refused(
+    tmp_path: Path, message: str, module: LightningModule | None = None, trainer: Any = None, **options: Any
+) -> None:
+    strategy = StreamingDiLoCoStrategy(**{"sync_every": 5, **options})
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, module or make(), strategy, **{"devices": 1, **(trainer or {})})
+
+
+def test_workers_that_do_not_divide_the_world(tmp_path: Path) -> None:
+    refused(tmp_path, "`devices_per_worker` must divide the 1 processes of the world, got 2", devices_per_worker=2)
+
+
+def test_sync_batchnorm_within_single_device_workers(tmp_path: Path) -> None:
+    refused(tmp_path, "`sync_batchnorm=True` averages batch statistics", trainer={"sync_batchnorm": True})
+
+
+def test_comm_hook_without_gradients_to_average(tmp_path: Path) -> None:
+    refused(tmp_path, "`ddp_comm_hook` changes how gradients are averaged", ddp_comm_hook=lambda state, bucket: None)
+
+
+def test_lazy_parameters(tmp_path: Path) -> None:
+    class Lazy(Regressor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy = nn.LazyLinear(2)
+
+    refused(tmp_path, "parameter `lazy.weight` is lazy and has no shape yet", Lazy())
+
+
+def test_sharded_parameters(tmp_path: Path) -> None:
+    class Sharded(OwnData):
+        def configure_model(self) -> None:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.tensor import Replicate, distribute_tensor
+
+            weight = distribute_tensor(self.head.weight.detach(), init_device_mesh("cpu", (1,)), [Replicate()])
+            self.head.weight = nn.Parameter(weight)
+
+    refused(tmp_path, r"parameter `head.weight` is a DTensor \(FSDP or tensor parallel\)", Sharded())
+
+
+def test_nothing_to_train(tmp_path: Path) -> None:
+    class Frozen(OwnData):
+        def configure_model(self) -> None:
+            self.requires_grad_(False)
+
+    refused(tmp_path, "no trainable parameter", Frozen())
+
+
+def test_sync_batchnorm_averages_within_a_worker(tmp_path: Path) -> None:
+    class Layers(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+            assert isinstance(pl_module.norm, nn.SyncBatchNorm)
+            worker = trainer.global_rank // 2
+            ranks = torch.distributed.get_process_group_ranks(pl_module.norm.process_group)
+            assert ranks == [2 * worker, 2 * worker + 1]
+            Path(tmp_path, f"seen{trainer.global_rank}").touch()
+            raise KeyboardInterrupt  # synchronised batch norm itself needs GPUs
+
+    strategy = streaming(sync_every=5, devices_per_worker=2)
+    with pytest.raises(BaseException, match=".*"):
+        fit(tmp_path / "run", NormalisedOwnData(), strategy, 4, callbacks=[Layers()], sync_batchnorm=True)
+    assert len(list(tmp_path.glob("seen*"))) == 4
+
+
+# ---- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_to_one_process_ends_all_in_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
+    class Terminated(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 7 and trainer.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            Path(tmp_path, f"rank{trainer.global_rank}").write_text(f"{type(exception).__name__} {trainer.global_step}")
+
+    callbacks = [Terminated(), OnExceptionCheckpoint(tmp_path, "last")]
+    started = time.monotonic()
+    with pytest.raises(BaseException, match=".*"):
+        fit(tmp_path / "run", make(), streaming(sync_every=6, num_fragments=2), max_steps=40, callbacks=callbacks)
+    assert time.monotonic() - started < 60
+    assert [Path(tmp_path, f"rank{rank}").read_text() for rank in (0, 1)] == ["SIGTERMException 10"] * 2
+    resumed = fit(
+        tmp_path / "on", make(), streaming(sync_every=6, num_fragments=2), 2, 40, ckpt_path=tmp_path / "last.ckpt"
+    )
+    whole = fit(tmp_path / "whole", make(), streaming(sync_every=6, num_fragments=2), max_steps=40)
+    assert_same(resumed.read(0)["outer"], whole.read(0)["outer"])
+
+
+# ---- a worker that does not come along -------------------------------------------------------------------------------
+
+
+class Rows(IterableDataset[Any]):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    @override
+    def __iter__(self) -> Any:
+        return iter(torch.utils.data.TensorDataset(torch.ones(self.count, WIDTH), torch.ones(self.count, 1)))
+
+
+def test_loaders_of_unequal_length_end_in_a_message_that_names_the_exchange(tmp_path: Path) -> None:
+    class Unequal(Regressor):
+        def train_dataloader(self) -> Any:
+            return DataLoader(Rows(9 if self.trainer.global_rank else 40), batch_size=1)
+
+    class Message(Callback):
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            Path(tmp_path, f"rank{trainer.global_rank}").write_text(str(exception))
+
+    from datetime import timedelta
+
+    strategy = streaming(sync_every=4, num_fragments=1, overlap_steps=1, timeout=timedelta(seconds=3))
+    with pytest.raises(BaseException, match=".*"):
+        fit(tmp_path / "run", Unequal(), strategy, max_epochs=1, callbacks=[Message()])
+    message = Path(tmp_path, "rank0").read_text()
+    assert "the exchange of fragment 0, due at steps [13, 13] and waited for at step 13" in message
+    assert "group of ranks [0, 1]" in message
+    assert "a worker died, or ran out of batches" in message
