@@ -130,7 +130,10 @@ def test_a_checkpoint_of_ddp_is_taken_with_a_warning(tmp_path: Path) -> None:
     [
         ({"sync_every": 6}, "`sync_every` is 6 and was 8 in the checkpoint"),
         ({"num_fragments": 2}, "`num_fragments` is 2 and was 4 in the checkpoint"),
-        ({"pattern": "sequential"}, r"`fragment 0` is \['embed.weight', 'embed.bias', 'blocks.0.weight'\] and was \['embed.weight', .*in the checkpoint"),
+        (
+            {"pattern": "sequential"},
+            r"`fragment 0` is \['embed.weight', 'embed.bias', 'blocks.0.weight'\] and was \['embed.weight', .*in the checkpoint",
+        ),
     ],
 )
 def test_another_layout_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

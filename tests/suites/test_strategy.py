@@ -1,0 +1,209 @@
+"""The common suite for strategies: a new one adds a row to ``CASES`` and passes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+import fulgurite.strategies
+from tests.suites.fits import assert_same, fit, make
+from tests.suites.models import Compiled, Manual, Normalised, Regressor, Scheduled
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy under test.
+
+    Args:
+        name: as registered, without the suffix of the start method.
+        make: the strategy with settings for a fit of a few dozen steps, in forked processes.
+        metric: one that it logs.
+        steps: after which defaults alone have logged it.
+    """
+
+    name: str
+    make: Callable[[], Strategy]
+    metric: str
+    steps: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def streaming_diloco() -> Strategy:
+    return fulgurite.strategies.StreamingDiLoCoStrategy(sync_every=6, overlap_steps=2, start_method="fork")
+
+
+def diloco() -> Strategy:
+    return StrategyRegistry["diloco_fork"]["strategy"](
+        **StrategyRegistry["diloco_fork"]["init_params"] | {"sync_every": 6}
+    )
+
+
+CASES = [
+    Case("streaming_diloco", streaming_diloco, "diloco/bytes_sent", 120),
+    Case("diloco", diloco, "diloco/bytes_sent", 500),
+]
+every_strategy = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def quiet(folder: Path, **options: Any) -> dict[str, Any]:
+    return {
+        "accelerator": "cpu",
+        "devices": 2,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        **options,
+    }
+
+
+# ---- every way to switch it on ---------------------------------------------------------------------------------------
+
+
+@every_strategy
+def test_by_name_with_defaults_alone(case: Case, tmp_path: Path) -> None:
+    trainer = Trainer(strategy=f"{case.name}_fork", max_steps=case.steps, **quiet(tmp_path, enable_checkpointing=False))
+    trainer.fit(Regressor())
+    assert trainer.callback_metrics[case.metric] > 0
+    assert trainer.test(Regressor(), verbose=False)[0]["test_loss"] > 0
+
+
+@every_strategy
+def test_by_yaml(case: Case, tmp_path: Path) -> None:
+    kind = type(case.make())
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+        trainer:
+          strategy: {{class_path: {kind.__module__}.{kind.__qualname__}, init_args: {{start_method: fork}}}}
+          max_steps: 120
+          {{accelerator: cpu, devices: 2}}
+        """.replace("{accelerator: cpu, devices: 2}", "accelerator: cpu\n          devices: 2")
+    )
+    options = {key: value for key, value in quiet(tmp_path).items() if key not in ("accelerator", "devices")}
+    cli = LightningCLI(
+        Regressor,
+        trainer_defaults=options | {"default_root_dir": str(tmp_path)},
+        save_config_callback=None,
+        args=["fit", "--config", str(config)],
+    )
+    assert cli.trainer.callback_metrics[case.metric] > 0
+
+
+SCRIPT = """
+import sys
+import fulgurite.strategies
+from lightning.pytorch import Trainer
+from tests.suites.models import Regressor
+
+if __name__ == "__main__":
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=sys.argv[1], max_steps=int(sys.argv[2]), logger=False,
+                      enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer.fit(Regressor())
+    if trainer.is_global_zero:
+        print("METRIC", float(trainer.callback_metrics[sys.argv[3]]))
+"""
+
+
+@pytest.mark.slow
+@every_strategy
+@pytest.mark.parametrize("launcher", ["popen", "spawn", "torchrun"])
+def test_by_script(case: Case, launcher: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = start if launcher == "torchrun" else [sys.executable]
+    name = f"{case.name}_spawn" if launcher == "spawn" else case.name
+    finished = subprocess.run(
+        [*command, str(script), name, str(case.steps), case.metric],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert float(finished.stdout.split("METRIC")[1].split()[0]) > 0
+
+
+# ---- whatever the module and the Trainer do --------------------------------------------------------------------------
+
+
+@every_strategy
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (Regressor, {"accumulate_grad_batches": 2}),
+        (Regressor, {"gradient_clip_val": 0.1}),
+        (Regressor, {"precision": "bf16-mixed"}),
+        (Regressor, {"precision": "bf16-true"}),
+        (Regressor, {"num_sanity_val_steps": 2, "val_check_interval": 3}),
+        (Scheduled, {}),
+        (Normalised, {}),
+        (Compiled, {}),
+        (Manual, {}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
+)
+def test_trains(case: Case, module: type[LightningModule], options: dict[str, Any], tmp_path: Path) -> None:
+    trained = module()
+    before = {name: value.detach().clone() for name, value in trained.named_parameters()}
+    trainer = Trainer(strategy=case.make(), max_epochs=4, **quiet(tmp_path, logger=CSVLogger(tmp_path), **options))
+    trainer.fit(trained)
+    assert trainer.callback_metrics[case.metric] > 0
+    assert trainer.callback_metrics["val_loss"].isfinite()
+    assert all(not torch.equal(value.float(), before[name]) for name, value in trained.named_parameters())
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@every_strategy
+def test_a_checkpoint_loads_without_fulgurite(case: Case, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best")
+    Trainer(strategy=case.make(), max_epochs=3, callbacks=[checkpoint], **quiet(tmp_path)).fit(Regressor())
+    code = """
+import sys
+sys.modules["fulgurite"] = None
+import torch
+from tests.suites.models import Regressor
+checkpoint = torch.load(sys.argv[1], weights_only=True)
+Regressor().load_state_dict(checkpoint["state_dict"])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "best.ckpt")]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    Regressor.load_from_checkpoint(tmp_path / "best.ckpt", make_optimizer=torch.optim.SGD, weights_only=True)
+
+
+@every_strategy
+def test_a_checkpoint_holds_what_was_validated(case: Case, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best")
+    trainer = Trainer(strategy=case.make(), max_epochs=1, callbacks=[checkpoint], **quiet(tmp_path))
+    trainer.fit(Regressor())
+    alone = Trainer(**quiet(tmp_path, devices=1)).validate(Regressor(), ckpt_path=tmp_path / "best.ckpt", verbose=False)
+    assert alone[0]["val_loss"] == pytest.approx(trainer.callback_metrics["val_loss"].item(), rel=1e-5)
+
+
+@every_strategy
+def test_resume_is_exact(case: Case, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    whole = fit(tmp_path / "whole", make(), case.make(), max_steps=20, callbacks=[checkpoint])
+    path = tmp_path / "step=10.ckpt"
+    resumed = fit(tmp_path / "resumed", make(), case.make(), max_steps=20, ckpt_path=path)
+    for rank in (0, 1):
+        assert_same(resumed.read(rank)["local"], whole.read(rank)["local"])
