@@ -286,34 +286,37 @@ def run(job: Job, places: Sequence[Place] = LOOPBACK, jobs: Sequence[Job] | None
     """
     port = free_port()
     with TemporaryDirectory() as folder:
-        processes = []
-        try:
-            for rank, place in enumerate(places):
-                todo = json.dumps(asdict(jobs[rank] if jobs else job))
-                command = [*place.prefix, sys.executable, __file__, todo, str(rank), str(len(places)), folder]
-                variables = environment(rank, places, port) if job.method != "solo" else alone()
-                log = open(Path(folder) / f"log.{rank}", "w")  # noqa: SIM115
-                processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
-            await_all(processes, Path(folder))
-            return [json.loads((Path(folder) / f"result.{rank}").read_text()) for rank in range(len(places))]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+        commands, variables = [], []
+        for rank, place in enumerate(places):
+            todo = json.dumps(asdict(jobs[rank] if jobs else job))
+            commands.append([*place.prefix, sys.executable, __file__, todo, str(rank), str(len(places)), folder])
+            variables.append(alone() if job.method == "solo" else environment(rank, places, port))
+        run_side_by_side(commands, variables, Path(folder))
+        return [json.loads((Path(folder) / f"result.{rank}").read_text()) for rank in range(len(places))]
 
 
-def await_all(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    """Returns when all have ended well; one that has not ends the wait at once, for the others would wait for it."""
-    deadline = time.monotonic() + TIMEOUT_S
-    codes: list[int | None] = [None]
-    while None in codes and not any(codes):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"a fit took more than {TIMEOUT_S} s")
-        time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    for rank, code in enumerate(codes):
-        if code:
-            raise RuntimeError(f"process {rank} failed:\n{(folder / f'log.{rank}').read_text()[-4000:]}")
+def run_side_by_side(commands: list[list[str]], variables: list[dict[str, str]], folder: Path) -> None:
+    """Returns when all have ended well; one that has not ends the others at once, for they would wait for it."""
+    logs = [folder / f"log.{rank}" for rank in range(len(commands))]
+    processes = []
+    try:
+        for command, environ, log in zip(commands, variables, logs, strict=True):
+            with log.open("w") as file:
+                processes.append(subprocess.Popen(command, env=environ, stdout=file, stderr=file))
+        deadline = time.monotonic() + TIMEOUT_S
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a fit took more than {TIMEOUT_S} s")
+            time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code:
+                raise RuntimeError(f"process {rank} failed:\n{logs[rank].read_text()[-4000:]}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def alone() -> dict[str, str]:

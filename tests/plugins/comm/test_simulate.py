@@ -66,7 +66,8 @@ def test_reproduces_the_table_of_the_paper() -> None:
 
 def event_by_event(gbps: float, setting: dict[str, Any]) -> float:
     """The model once more, the slow way: every layer of every step, in absolute time."""
-    s: dict[str, Any] = {"overlap_steps": 0, "bits_per_param": 16.0, "latency": 0.0, "forward_fraction": 1 / 3} | setting
+    defaults = {"overlap_steps": 0, "bits_per_param": 16.0, "latency": 0.0, "forward_fraction": 1 / 3}
+    s: dict[str, Any] = defaults | setting
     layers, every, step_seconds = s["layers"], s["sync_every"], s["step_seconds"]
     n = layers // s["blocks_per_fragment"]
     steps = 12 if s["method"] == "ddp" else 3 * every
