@@ -1,7 +1,7 @@
 """Replicas: processes that share a model and train it apart."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from fulgurite.plugins.comm.collectives import average_, broadcast_
 from fulgurite.strategies._lightning import (
     ddp_over,
     detach_sigterm,
@@ -396,31 +397,6 @@ class ReplicaStrategy(DDPStrategy):
                 )
             self.load_rule_state(state, same)
         super().load_optimizer_state_dict({"optimizer_states": mine["optimizers"]})
-
-
-def broadcast_(tensors: Iterable[Tensor]) -> None:
-    """Copies rank 0's tensors to all processes, in place; they travel together, so that latency counts once."""
-    flights = []
-    for tensor in tensors:
-        dense = tensor.detach().contiguous()  # collectives take no strided layout, such as channels_last
-        flights.append((tensor, dense, dist.broadcast(dense, src=0, async_op=True)))
-    for tensor, dense, work in flights:
-        work.wait()
-        if dense.data_ptr() != tensor.data_ptr():
-            tensor.copy_(dense)
-
-
-def average_(buffers: Iterable[Tensor]) -> None:
-    """Replaces floating buffers by their mean over all processes and the others by rank 0's, in place."""
-    every = list(buffers)
-    broadcast_(buffer for buffer in every if not buffer.is_floating_point())
-    flights = []
-    for buffer in filter(Tensor.is_floating_point, every):
-        total = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32), copy=True).contiguous()
-        flights.append((buffer, total, dist.all_reduce(total, async_op=True)))
-    for buffer, total, work in flights:
-        work.wait()
-        buffer.copy_(total / dist.get_world_size())
 
 
 def to_cpu(state: Any) -> Any:

@@ -366,7 +366,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     @override
     def load_rule_state(self, state: Mapping[str, Any], same_workers: bool) -> None:
-        layout = [("sync_every", self.sync_every, state["sync_every"])]
+        layout: list[tuple[str, Any, Any]] = [("sync_every", self.sync_every, state["sync_every"])]
         layout += [("num_fragments", len(self._names), len(state["fragments"]))]
         layout += [
             (f"fragment {i}", *both) for i, both in enumerate(zip(self._names, state["fragments"], strict=False))

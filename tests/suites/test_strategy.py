@@ -121,8 +121,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@every_strategy
-@pytest.mark.parametrize("launcher", ["popen", "spawn", "torchrun"])
+@pytest.mark.parametrize(
+    ("case", "launcher"),
+    [*((case, "popen") for case in CASES), (CASES[0], "spawn"), (CASES[0], "torchrun")],  # the last two are Lightning's
+    ids=str,
+)
 def test_by_script(case: Case, launcher: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
