@@ -290,13 +290,20 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
             self.stats["diloco/bytes_received"] += pending.flight.bytes_received
             self.stats["diloco/peak_bytes"] = max(self.stats["diloco/peak_bytes"], pending.flight.message_bytes)
         delta = pending.land()
-        if not delta.isfinite().all():
+        if not self._finite(delta):
             raise RuntimeError(
                 f"the outer gradient of fragment {pending.fragment} that arrived at step {self._step} is not finite, so"
                 " a worker diverged; the shared weights were not touched: resume from the last checkpoint with a lower"
                 " `lr` or gradient clipping"
             )
         return delta
+
+    def _finite(self, delta: Tensor) -> bool:
+        """Whether the whole fragment is; each process of a worker holds a shard, and all must come to the same end."""
+        finite = delta.isfinite().all().int()
+        if self._worker_group is not None:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self._worker_group)
+        return bool(finite)
 
     def _blocking(self, action: Callable[[], None], pending: Pending) -> None:
         """Runs what may block on the network; counts the time and says what was waited for when it fails."""
