@@ -76,8 +76,8 @@ def loss_figure(loss: dict[str, Any]) -> Figure:
     low, high = final_range(loss)
     by_tokens.set_ylim(low - 0.1 * (high - low), high)
     by_tokens.legend(loc="upper right")
-    by_tokens.set_title("At equal tokens")
-    by_bytes.set_title("At equal traffic")
+    by_tokens.set_title("By tokens")
+    by_bytes.set_title("By traffic")
     return figure
 
 

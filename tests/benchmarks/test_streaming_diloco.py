@@ -71,6 +71,11 @@ def test_ratios_are_taken_within_a_repetition() -> None:
     assert [target["met"] for target in found["targets"].values()] == [True, True, True, False]
 
 
+def test_steps_are_timed_finely_however_long_the_clock_has_run() -> None:
+    start = 10.0 * 24 * 3600
+    assert _worker.median_gap([start, start + 0.0101, start + 0.0202, start + 0.5]) == pytest.approx(0.0101, abs=1e-6)
+
+
 def test_a_section_replaces_its_part_alone_and_by_measurements_alone(tmp_path: Path) -> None:
     bench.save("link", {"a": 1}, tmp_path)
     bench.save("loss", {"b": 2}, tmp_path)
