@@ -4,9 +4,9 @@ Two processes of one machine, which the script starts itself::
 
     python examples/streaming_diloco.py fit --config examples/streaming_diloco.yaml
 
-Two machines, the same command on each, where HOST is the name of one of them::
+Two machines, where RANK is 0 on the one that HOST names, and 1 on the other::
 
-    torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \
+    torchrun --nnodes 2 --node_rank RANK --nproc_per_node 1 --master_addr HOST --master_port 29500 \
         examples/streaming_diloco.py fit --config examples/streaming_diloco.yaml \
         --trainer.num_nodes 2 --trainer.devices 1
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -171,6 +172,13 @@ class ReplicaStrategy(DDPStrategy):
             raise MisconfigurationException(
                 f"`ddp_comm_hook` changes how gradients are averaged, and {name} with one device a worker averages"
                 " none: remove it, or form workers of several devices by `devices_per_worker`"
+            )
+        if isinstance(self.cluster_environment, SLURMEnvironment) and self.cluster_environment.auto_requeue:
+            rank_zero_warn(
+                "SLURM auto-requeue saves a checkpoint in each process at the step where the signal finds it, and"
+                " workers in different steps then wait for each other until `timeout`: pass"
+                " `plugins=SLURMEnvironment(auto_requeue=False)` to the Trainer, and let SLURM send SIGTERM before the"
+                " end"
             )
         for key, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):

@@ -164,6 +164,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
         # Not in `setup`: the estimate loads the training data, and a stateful loader would miss its state from a
         # checkpoint, which Lightning hands over between the two.
         trainer = self._module.trainer
+        self._refuse_different_steps()
         steps = trainer.estimated_stepping_batches
         unknown = steps < 0  # a loader without length
         if unknown or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -178,6 +179,16 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
                 f"`sync_every` is {self.sync_every} and the run has {steps} optimizer steps: under ten outer steps a"
                 " fragment, in which the outer momentum still swings; lower `sync_every`, or set `outer_lr=1` and"
                 " `outer_momentum=0`"
+            )
+
+    def _refuse_different_steps(self) -> None:
+        """Workers that count from different steps would exchange different fragments with each other."""
+        taken: list[int] = [0] * self.world_size
+        dist.all_gather_object(taken, self._step, group=self._object_group)
+        if len(set(taken)) > 1:
+            raise MisconfigurationException(
+                f"the processes start at different steps, by rank {taken}: `ckpt_path` was found on some of them alone;"
+                " copy the checkpoint to all, under the same path"
             )
 
     def _overlap_of_each_worker(self) -> list[int]:

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, IterableDataset
@@ -133,6 +134,20 @@ def test_model_averaging_is_refused() -> None:
         StreamingDiLoCoStrategy(model_averaging_period=4)
 
 
+class Requeued(SLURMEnvironment):
+    """One process, as a job of one task."""
+
+    main_address, main_port = "127.0.0.1", 0
+
+    def world_size(self) -> int:
+        return 1
+
+    def global_rank(self) -> int:
+        return 0
+
+    local_rank = node_rank = global_rank
+
+
 def refused(
     tmp_path: Path, message: str, module: LightningModule | None = None, trainer: Any = None, **options: Any
 ) -> None:
@@ -172,6 +187,12 @@ def test_sharded_parameters(tmp_path: Path) -> None:
             self.head.weight = nn.Parameter(weight)
 
     refused(tmp_path, r"parameter `head.weight` is a DTensor \(FSDP or tensor parallel\)", Sharded())
+
+
+def test_slurm_requeueing_warns(tmp_path: Path) -> None:
+    strategy = StreamingDiLoCoStrategy(sync_every=5, cluster_environment=Requeued())
+    with pytest.warns(UserWarning, match="SLURM auto-requeue saves a checkpoint in each process"):
+        fit(tmp_path, make(), strategy, devices=1)
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:

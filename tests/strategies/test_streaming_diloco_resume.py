@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from fulgurite.strategies import StreamingDiLoCoStrategy
 from tests.suites.fits import assert_same, fit, make, streaming
@@ -141,3 +142,14 @@ def test_another_layout_is_refused(tmp_path: Path, options: dict[str, Any], mess
     fit(tmp_path / "before", make(), StreamingDiLoCoStrategy(**SETTING), 1, callbacks=[SaveAt(path)])
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path / "after", make(), StreamingDiLoCoStrategy(**SETTING | options), 1, 28, ckpt_path=path)
+
+
+def test_processes_at_different_steps_are_refused(tmp_path: Path) -> None:
+    class FoundAlone(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.strategy._step = 8 * trainer.global_rank  # type: ignore[attr-defined]
+
+    with pytest.raises(
+        ProcessRaisedException, match=r"different steps, by rank \[0, 8\]: `ckpt_path` was found on some"
+    ):
+        fit(tmp_path / "run", make(), streaming(**SETTING), callbacks=[FoundAlone()])
