@@ -22,12 +22,14 @@ for _suffix, _start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fo
         f"streaming_diloco{_suffix}",
         StreamingDiLoCoStrategy,
         description=f"Streaming DiLoCo (arXiv 2501.18512), processes by {_start_method}",
+        override=True,  # a notebook may reload this module
         start_method=_start_method,
     )
     StrategyRegistry.register(
         f"diloco{_suffix}",
         StreamingDiLoCoStrategy,
         description=f"DiLoCo (arXiv 2311.08105), processes by {_start_method}",
+        override=True,
         start_method=_start_method,
         **_DILOCO,
     )

@@ -47,6 +47,11 @@ def stop_on_sigterm(trainer: Trainer) -> None:
     trainer._signal_connector.received_sigterm = True
 
 
+def validates_by_time(trainer: Trainer) -> bool:
+    """Whether ``val_check_interval`` is a time; not yet possible in 2.5."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
 def ddp_over(strategy: DDPStrategy, group: dist.ProcessGroup) -> None:
     """Wraps the module in ``DistributedDataParallel`` over ``group`` instead of the world."""
     strategy._ddp_kwargs["process_group"] = group

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,11 +13,13 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -26,6 +29,7 @@ from fulgurite.strategies._lightning import (
     detach_sigterm,
     stop_on_sigterm,
     sync_batchnorm_over,
+    validates_by_time,
     wants_sync_batchnorm,
 )
 
@@ -68,6 +72,11 @@ class ReplicaStrategy(DDPStrategy):
                 f"`model_averaging_period` averages weights over the world, and {type(self).__name__} has a rule of its"
                 " own for that: remove the argument, or use DDPStrategy with the post-local-SGD hook"
             )
+        known = {*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters}
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(  # DDPStrategy takes anything for the wrapper, which a worker of one device does without
+                f"{type(self).__name__} and DDPStrategy have no argument {', '.join(f'`{name}`' for name in unknown)}"
+            )
         super().__init__(**kwargs)
         self.devices_per_worker = devices_per_worker
         self.worker_state = worker_state
@@ -78,6 +87,7 @@ class ReplicaStrategy(DDPStrategy):
         self._restore_sigterm = ExitStack()
         self._stop_requested = False
         self._in_training_step = False
+        self._own: frozenset[str] = frozenset()  # names of what a worker has of its own, fixed when the fit starts
         self._local: dict[str, Tensor] | None = None  # this worker's values, while the module shows the shared ones
 
     # ---- what a subclass defines -------------------------------------------------------------------------------------
@@ -144,9 +154,10 @@ class ReplicaStrategy(DDPStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
-        self._local = None
         if fitting:
+            self._local = None
             self._check_setup(trainer)
+            self._own = self._name_own()
             self._make_groups()
             if self._worker_group is not None and wants_sync_batchnorm(self):
                 sync_batchnorm_over(self, self._worker_group)
@@ -173,6 +184,16 @@ class ReplicaStrategy(DDPStrategy):
                 f"`ddp_comm_hook` changes how gradients are averaged, and {name} with one device a worker averages"
                 " none: remove it, or form workers of several devices by `devices_per_worker`"
             )
+        if validates_by_time(trainer):
+            raise MisconfigurationException(
+                "`val_check_interval` is a time, and each process would validate by its own clock, in different steps,"
+                " and wait for the others until `timeout`: give it in batches"
+            )
+        if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                "`max_time` (the Timer callback) asks rank 0 before each batch, over the slow link, and so keeps the"
+                " workers in lockstep: use `max_steps`"
+            )
         if isinstance(self.cluster_environment, SLURMEnvironment) and self.cluster_environment.auto_requeue:
             rank_zero_warn(
                 "SLURM auto-requeue saves a checkpoint in each process at the step where the signal finds it, and"
@@ -185,6 +206,11 @@ class ReplicaStrategy(DDPStrategy):
                 raise MisconfigurationException(
                     f"parameter `{key}` is a DTensor (FSDP or tensor parallel); {name} shards nothing inside a worker:"
                     " do not wrap the module, and let `devices_per_worker` replicate it"
+                )
+            if parameter.requires_grad and parameter.is_complex():
+                raise MisconfigurationException(
+                    f"parameter `{key}` is complex, and its imaginary part would not be exchanged: keep it as two real"
+                    " parameters (`torch.view_as_real`), or freeze it"
                 )
             if nn.parameter.is_lazy(parameter):
                 raise MisconfigurationException(
@@ -312,11 +338,14 @@ class ReplicaStrategy(DDPStrategy):
         return self._local if self._local is not None else {name: tensor.detach() for name, tensor in self._tensors()}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad:
-                yield name, parameter
-        persistent = self._module.state_dict()  # caches and masks need not cross the wire
-        yield from ((name, buffer) for name, buffer in self._module.named_buffers() if name in persistent)
+        for name, tensor in (*self._module.named_parameters(), *self._module.named_buffers()):
+            if name in self._own:
+                yield name, tensor
+
+    def _name_own(self) -> frozenset[str]:
+        trainable = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+        persistent = self._module.state_dict().keys()  # caches and masks need not cross the wire
+        return frozenset(trainable | {name for name, _ in self._module.named_buffers() if name in persistent})
 
     def _show_shared(self) -> None:
         """Puts the shared values into the module in place; optimizers keep their parameters."""
@@ -383,6 +412,7 @@ class ReplicaStrategy(DDPStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restores the rule and this worker's state; Lightning calls it after ``setup``, the weights came before."""
+        self._local = None  # what a trial fit has left, such as the learning rate finder's
         state = checkpoint.get(self.checkpoint_key)
         if state is None:
             rank_zero_warn(
@@ -395,6 +425,7 @@ class ReplicaStrategy(DDPStrategy):
         same = len(workers) == self.num_workers
         mine = workers[self.worker % len(workers)] if workers else {"optimizers": checkpoint["optimizer_states"]}
         with torch.no_grad():
+            self.load_rule_state(state, same)  # first: it refuses what does not fit
             if same:
                 for name, tensor in self._tensors():
                     tensor.copy_(mine["values"][name])
@@ -403,7 +434,6 @@ class ReplicaStrategy(DDPStrategy):
                     f"the checkpoint holds the state of {len(workers)} workers and the run has {self.num_workers}:"
                     " all start from the shared weights, and the run does not go on bit for bit"
                 )
-            self.load_rule_state(state, same)
         super().load_optimizer_state_dict({"optimizer_states": mine["optimizers"]})
 
 

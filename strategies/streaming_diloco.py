@@ -118,19 +118,19 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
         fragments, overlaps = self.num_fragments, self.overlap_steps
         overlap_list = overlaps if isinstance(overlaps, list) else [overlaps]
         rules = {
-            "sync_every": (self.sync_every >= 1, "counts optimizer steps and must be at least 1"),
-            "num_fragments": (fragments == "auto" or fragments >= 1, "must be 'auto' or at least 1"),
-            "blocks_per_fragment": (self.blocks_per_fragment >= 1, "must be at least 1"),
+            "sync_every": (_whole(self.sync_every, 1), "counts optimizer steps and must be at least 1"),
+            "num_fragments": (fragments == "auto" or _whole(fragments, 1), "must be 'auto' or at least 1"),
+            "blocks_per_fragment": (_whole(self.blocks_per_fragment, 1), "must be at least 1"),
             "overlap_steps": (
-                all(0 <= overlap < self.sync_every for overlap in overlap_list),
+                all(_whole(overlap, 0) and overlap < self.sync_every for overlap in overlap_list),
                 f"must be from 0 to below `sync_every` ({self.sync_every}), else a fragment would be sent before its"
                 " last exchange arrived",
             ),
             "alpha": (0 <= self.alpha <= 1, "is the weight of the local value and must be in [0, 1]"),
-            "outer_lr": (self.outer_lr > 0, "must be positive"),
+            "outer_lr": (0 < self.outer_lr < float("inf"), "must be positive and finite"),
             "outer_momentum": (0 <= self.outer_momentum < 1, "must be in [0, 1)"),
             "block_size": (
-                self.block_size >= 2 and self.block_size % 2 == 0,
+                _whole(self.block_size, 2) and self.block_size % 2 == 0,
                 "must be even, since two values share a byte, and at least 2",
             ),
         }
@@ -167,6 +167,8 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
         self._refuse_different_steps()
         steps = trainer.estimated_stepping_batches
         unknown = steps < 0  # a loader without length
+        if not self._module.automatic_optimization and trainer.max_steps > 0:
+            steps = min(steps, trainer.max_steps // len(self.optimizers))  # Lightning counts those of all optimizers
         if unknown or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if steps < self.sync_every:
@@ -255,12 +257,12 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
         self._pending.append((pending, self.ask_to_stop()))
 
     def _refuse_unfrozen(self) -> None:
-        known = {name for names in self._names for name in names}
+        known = {id(tensor) for fragment in self._fragments for tensor in fragment.local}
         for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad and name not in known:
+            if parameter.requires_grad and id(parameter) not in known:
                 raise MisconfigurationException(
-                    f"parameter `{name}` was unfrozen during the fit and belongs to no fragment, so the workers' values"
-                    " would part: unfreeze it before the fit, or start a new fit from a checkpoint"
+                    f"parameter `{name}` was unfrozen or replaced during the fit and belongs to no fragment, so the"
+                    " workers' values would part: do so before the fit, or start a new fit from a checkpoint"
                 )
 
     def _generator(self, index: int) -> torch.Generator | None:
@@ -343,8 +345,16 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     @override
     def finish(self) -> None:
-        for pending, _ in self._pending:  # none may be left on the wire when the processes part
+        for pending, told_to_stop in self._pending:  # none may be left on the wire when the processes part
             self._land(pending)
+            told_to_stop()
+        at_rest = [index for index, fragment in enumerate(self._fragments) if not fragment.velocity.any()]
+        if at_rest:
+            rank_zero_warn(
+                f"the training ended after {self._step} steps, before the outer values of fragments {at_rest} moved:"
+                " the trained module holds their initial weights; train longer, or lower `sync_every`"
+                f" ({self.sync_every})"
+            )
         self.to_loggers(self.stats)
 
     # ---- shared weights and checkpoints ------------------------------------------------------------------------------
@@ -365,8 +375,6 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
         deltas = [self._land(pending) for pending, _ in self._pending]  # stored as it arrived, applied when it is due
         return {
             "step": self._step,
-            "num_workers": self.num_workers,
-            "worker_size": self.worker_size,
             "sync_every": self.sync_every,
             "fragments": self._names,
             "value": [fragment.full(fragment.value).cpu().clone() for fragment in self._fragments],
@@ -395,7 +403,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
                     f"`{name}` is {now} and was {before} in the checkpoint, so its outer state does not fit: set back"
                     " what changed, or start a new run from the checkpoint's weights"
                 )
-        self._step = state["step"]
+        self._step, self._pending = state["step"], []
         self.stats |= state["stats"]
         for fragment, value, velocity in zip(self._fragments, state["value"], state["velocity"], strict=True):
             fragment.commit(fragment.shard(value), fragment.shard(velocity))
@@ -411,3 +419,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
         if not same_workers:
             for fragment in self._fragments:
                 fragment.mix(fragment.value, alpha=0.0)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and value >= least

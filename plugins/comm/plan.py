@@ -220,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     flags = vars(parser.parse_args(argv))
+    if flags["blocks_per_fragment"] == _DEFAULT_BLOCKS:  # the default shall not refuse a small model
+        flags["blocks_per_fragment"] = max(1, min(_DEFAULT_BLOCKS, flags["layers"]))
     figure, as_json, target = flags.pop("figure"), flags.pop("json"), flags.pop("target")
     try:
         job = Job(**flags)

@@ -7,13 +7,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from packaging.version import Version
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, IterableDataset
@@ -114,6 +116,33 @@ def test_logging_over_the_wire_in_each_step_warns(tmp_path: Path) -> None:
         fit(tmp_path, Talkative(), StreamingDiLoCoStrategy(sync_every=6), devices=1)
 
 
+def test_a_trial_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Looks(Callback):
+        def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            shared = trainer.strategy.outer_state_dict()  # type: ignore[attr-defined]
+            assert_same({name: value.detach() for name, value in pl_module.named_parameters()}, shared)
+
+    finder = LearningRateFinder(num_training_steps=12)
+    strategy = StreamingDiLoCoStrategy(sync_every=5, overlap_steps=2)
+    module = make()
+    module.lr = 0.01
+    options: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 7}
+    fit(tmp_path, module, strategy, devices=1, callbacks=[Looks(), finder], **options)
+
+
+def test_what_was_loaded_after_the_fit_is_what_is_saved(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+    options = {"logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    strategy = StreamingDiLoCoStrategy(sync_every=5)
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=20, callbacks=[checkpoint], **options)
+    module = make()
+    trainer.fit(module)
+    trainer.test(module, ckpt_path=tmp_path / "step=5.ckpt", verbose=False)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    saved, chosen = (torch.load(tmp_path / name, weights_only=True) for name in ("after.ckpt", "step=5.ckpt"))
+    assert_same(saved["state_dict"], chosen["state_dict"])
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +222,32 @@ def test_slurm_requeueing_warns(tmp_path: Path) -> None:
     strategy = StreamingDiLoCoStrategy(sync_every=5, cluster_environment=Requeued())
     with pytest.warns(UserWarning, match="SLURM auto-requeue saves a checkpoint in each process"):
         fit(tmp_path, make(), strategy, devices=1)
+
+
+def test_misspelt_arguments() -> None:
+    with pytest.raises(TypeError, match="have no argument `overlap`, `sync_evry`"):
+        StreamingDiLoCoStrategy(sync_evry=5, overlap=3)
+    StreamingDiLoCoStrategy(find_unused_parameters=True, timeout=timedelta(seconds=9))  # DDP's own
+
+
+def test_complex_parameters(tmp_path: Path) -> None:
+    class Complex(OwnData):
+        def configure_model(self) -> None:
+            self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+    refused(tmp_path, "parameter `phase` is complex", Complex())
+
+
+@pytest.mark.skipif(
+    Version(lightning.__version__) < Version("2.6"), reason="validation by time came with lightning 2.6"
+)
+def test_validation_by_the_clock(tmp_path: Path) -> None:
+    refused(tmp_path, "`val_check_interval` is a time", trainer={"val_check_interval": "00:00:00:02"})
+
+
+def test_a_timer_warns(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"`max_time` \(the Timer callback\) asks rank 0 before each batch"):
+        fit(tmp_path, make(), StreamingDiLoCoStrategy(sync_every=5), devices=1, max_time="00:01:00:00")
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:

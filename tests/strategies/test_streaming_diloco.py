@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fulgurite.plugins.comm import dequantize_e3m0, partition_parameters, quantize_e3m0
 from fulgurite.strategies import StreamingDiLoCoStrategy
 from tests.suites.fits import BATCH, OwnData, assert_same, fit, make, streaming
-from tests.suites.models import dataset, sgd
+from tests.suites.models import Manual, dataset, sgd
 
 EXACT = {"quantize": "fp32", "outer_lr": 1.0, "outer_momentum": 0.0, "overlap_steps": 0}
 
@@ -267,7 +267,10 @@ def test_stochastic_rounding_repeats_with_the_seed(tmp_path: Path, monkeypatch: 
         ({"overlap_steps": [1, 100]}, r"`overlap_steps` must be .*, got \[1, 100\]"),
         ({"alpha": 1.1}, r"`alpha` is the weight of the local value and must be in \[0, 1\], got 1.1"),
         ({"alpha": float("nan")}, "`alpha`"),
-        ({"outer_lr": 0.0}, "`outer_lr` must be positive, got 0.0"),
+        ({"sync_every": 10.5}, "`sync_every` .*, got 10.5"),
+        ({"overlap_steps": 1.5}, "`overlap_steps` .*, got 1.5"),
+        ({"outer_lr": float("inf")}, "`outer_lr` must be positive and finite, got inf"),
+        ({"outer_lr": 0.0}, "`outer_lr` must be positive and finite, got 0.0"),
         ({"outer_momentum": 1.0}, r"`outer_momentum` must be in \[0, 1\), got 1.0"),
         ({"block_size": 7}, "`block_size` must be even, since two values share a byte, and at least 2, got 7"),
         ({"block_size": 0}, "`block_size` must be even"),
@@ -332,7 +335,7 @@ def test_unfreezing_during_the_fit(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             pl_module.head.requires_grad_(batch_idx > 6)
 
-    with pytest.raises(MisconfigurationException, match=r"`head.weight` was unfrozen during the fit"):
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` was unfrozen or replaced during the fit"):
         fit(tmp_path, make(), StreamingDiLoCoStrategy(sync_every=5), devices=1, callbacks=[Unfreeze()])
 
 
@@ -354,3 +357,39 @@ def test_a_diverged_worker_is_told_before_the_shared_weights_move(tmp_path: Path
     assert all("the outer gradient of fragment 0 that arrived at step 11 is not finite" in message for message in told)
     for path in tmp_path.glob("outer*"):
         assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["outer"].values())
+
+
+def test_replacing_a_parameter_during_the_fit(tmp_path: Path) -> None:
+    class Replace(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                pl_module.head.weight = nn.Parameter(pl_module.head.weight.detach().clone())
+
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` was unfrozen or replaced during the fit"):
+        fit(tmp_path, make(), StreamingDiLoCoStrategy(sync_every=5), devices=1, callbacks=[Replace()])
+
+
+def test_fragments_that_never_moved_are_told(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 7
+
+    strategy = StreamingDiLoCoStrategy(sync_every=10, num_fragments=2)  # sent at 5 and at 10
+    with pytest.warns(UserWarning, match=r"after 7 steps, before the outer values of fragments \[0\] moved"):
+        fit(tmp_path, make(), strategy, devices=1, callbacks=[Stop()])
+
+
+def test_steps_of_several_optimizers_are_not_added_up(tmp_path: Path) -> None:
+    message = "`sync_every` is 15 and the run has 10 optimizer steps"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, Manual(), StreamingDiLoCoStrategy(sync_every=15), devices=1)
+
+
+def test_a_parameter_frozen_during_the_fit_is_shown_shared_all_the_same(tmp_path: Path) -> None:
+    class Freeze(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            pl_module.head.requires_grad_(trainer.global_step < 8)
+
+    module = make()
+    ours = fit(tmp_path / "ours", module, streaming(sync_every=6), callbacks=[Freeze()])
+    assert_same({name: value.detach() for name, value in module.named_parameters()}, ours.read(1)["outer"])

@@ -144,6 +144,15 @@ def test_another_layout_is_refused(tmp_path: Path, options: dict[str, Any], mess
         fit(tmp_path / "after", make(), StreamingDiLoCoStrategy(**SETTING | options), 1, 28, ckpt_path=path)
 
 
+def test_a_layer_unfrozen_between_two_fits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    frozen = make()
+    frozen.embed.requires_grad_(False)
+    fit(tmp_path / "before", frozen, StreamingDiLoCoStrategy(**SETTING), 1, callbacks=[SaveAt(path)])
+    with pytest.raises(MisconfigurationException, match=r"`fragment 0` is .* in the checkpoint"):
+        fit(tmp_path / "after", make(), StreamingDiLoCoStrategy(**SETTING), 1, 28, ckpt_path=path)
+
+
 def test_processes_at_different_steps_are_refused(tmp_path: Path) -> None:
     class FoundAlone(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
