@@ -116,18 +116,24 @@ def test_logging_over_the_wire_in_each_step_warns(tmp_path: Path) -> None:
         fit(tmp_path, Talkative(), StreamingDiLoCoStrategy(sync_every=6), devices=1)
 
 
-def test_a_trial_fit_leaves_nothing_behind(tmp_path: Path) -> None:
-    class Looks(Callback):
-        def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            shared = trainer.strategy.outer_state_dict()  # type: ignore[attr-defined]
-            assert_same({name: value.detach() for name, value in pl_module.named_parameters()}, shared)
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 1])
+def test_a_trial_fit_leaves_nothing_behind(tmp_path: Path, num_sanity_val_steps: int) -> None:
+    class Validated(OwnData):  # on the shared weights, whose loss differs from that of the local ones
+        lr = 0.01  # what the finder changes; the optimizer has its own
 
-    finder = LearningRateFinder(num_training_steps=12)
-    strategy = StreamingDiLoCoStrategy(sync_every=5, overlap_steps=2)
-    module = make()
-    module.lr = 0.01
-    options: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 7}
-    fit(tmp_path, module, strategy, devices=1, callbacks=[Looks(), finder], **options)
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            shared = self.trainer.strategy.outer_state_dict()  # type: ignore[attr-defined]
+            assert_same({name: value.detach() for name, value in self.named_parameters()}, shared)
+
+    options: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 7, "devices": 1}
+    options["num_sanity_val_steps"] = num_sanity_val_steps
+    found = {}
+    for name, callbacks in {"plain": [], "tried": [LearningRateFinder(num_training_steps=12)]}.items():
+        torch.manual_seed(7)
+        strategy = StreamingDiLoCoStrategy(sync_every=5, overlap_steps=2)
+        found[name] = fit(tmp_path / name, Validated(), strategy, callbacks=callbacks, **options).read(0)
+    assert_same(found["tried"]["local"], found["plain"]["local"])
+    assert_same(found["tried"]["outer"], found["plain"]["outer"])
 
 
 def test_what_was_loaded_after_the_fit_is_what_is_saved(tmp_path: Path) -> None:
