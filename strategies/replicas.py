@@ -1,5 +1,6 @@
 """Replicas: processes that share a model and train it apart."""
 
+import atexit
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -140,6 +141,7 @@ class ReplicaStrategy(DDPStrategy):
         return group
 
     def _make_groups(self) -> None:
+        atexit.register(_leave)
         size = self.worker_size
         self._worker_group = None
         if size > 1:
@@ -435,6 +437,12 @@ class ReplicaStrategy(DDPStrategy):
                     " all start from the shared weights, and the run does not go on bit for bit"
                 )
         super().load_optimizer_state_dict({"optimizer_states": mine["optimizers"]})
+
+
+def _leave() -> None:
+    """Ends the process groups while Python still runs; gloo's threads, left to the C++ exit, abort it now and then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def to_cpu(state: Any) -> Any:
