@@ -24,7 +24,9 @@ links: $(VENV)/.ready # mypy and mkdocstrings read the packages through links, n
 docs: links
 	$(BIN)/mkdocs build --strict
 bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/e3m0.py
 	$(BIN)/python benchmarks/streaming_diloco.py
+	$(BIN)/python benchmarks/refresh.py
 clean:
 	rm -rf build $(VENV)
 

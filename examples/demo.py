@@ -148,9 +148,9 @@ def megabytes(count: float) -> str:
 
 def table(runs: list[Run]) -> Table:
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    result.add_column("")
-    headings = ("held out,\nnats a byte", "sent,\nMB a worker", "share\nof DDP's", "largest\nmessage, MB")
-    for heading in (*headings, "waited,\ns", "trained,\ns"):
+    result.add_column("", no_wrap=True)
+    headings = ("held out,\nnats\na byte", "sent,\nMB a\nworker", "share\nof\nDDP's", "largest\nmessage,\nMB")
+    for heading in (*headings, "waited,\ns", "trained,\ns"):  # narrow: a terminal has 80 columns
         result.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         formula = run.wait_seconds is None

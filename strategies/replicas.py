@@ -158,7 +158,8 @@ class ReplicaStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._local = None
-            self._check_setup(trainer)
+            self._check_trainer(trainer)
+            self._check_parameters()
             self._own = self._name_own()
             self._make_groups()
             if self._worker_group is not None and wants_sync_batchnorm(self):
@@ -169,8 +170,8 @@ class ReplicaStrategy(DDPStrategy):
         if fitting:
             self.start(trainer)
 
-    def _check_setup(self, trainer: Trainer) -> None:
-        module, name = self._module, type(self).__name__
+    def _check_trainer(self, trainer: Trainer) -> None:
+        name = type(self).__name__
         if self.world_size % self.worker_size:
             raise MisconfigurationException(
                 f"`devices_per_worker` must divide the {self.world_size} processes of the world,"
@@ -203,6 +204,9 @@ class ReplicaStrategy(DDPStrategy):
                 " `plugins=SLURMEnvironment(auto_requeue=False)` to the Trainer, and let SLURM send SIGTERM before the"
                 " end"
             )
+
+    def _check_parameters(self) -> None:
+        module, name = self._module, type(self).__name__
         for key, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):
                 raise MisconfigurationException(
@@ -273,11 +277,13 @@ class ReplicaStrategy(DDPStrategy):
 
         Args:
             values: ``method/quantity -> value``; also found in ``trainer.callback_metrics``.
-            prog_bar: the names to show in the progress bar.
+            prog_bar: the names among them to show in the progress bar.
         """
         self.to_loggers(values)
-        for name, value in values.items():
-            self._module.log(name, value, logger=False, prog_bar=name in prog_bar, on_step=True, on_epoch=False)
+        # Not `self.log` for all of them: each call copies what has been logged before, a quarter of a millisecond.
+        self._module.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for name in prog_bar:
+            self._module.log(name, values[name], logger=False, prog_bar=True, on_step=True, on_epoch=False)
 
     def to_loggers(self, values: Mapping[str, float]) -> None:
         """Logs where Lightning takes no metrics any more, such as in ``finish``."""

@@ -349,7 +349,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
             self._land(pending)
             told_to_stop()
         at_rest = [index for index, fragment in enumerate(self._fragments) if not fragment.velocity.any()]
-        if at_rest:
+        if at_rest and not self._module.trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"the training ended after {self._step} steps, before the outer values of fragments {at_rest} moved:"
                 " the trained module holds their initial weights; train longer, or lower `sync_every`"

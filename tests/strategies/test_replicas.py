@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from fulgurite.strategies import StreamingDiLoCoStrategy
-from tests.suites.fits import OwnData, assert_same, fit, make, streaming
+from tests.suites.fits import OwnData, assert_refused, assert_same, fit, make, streaming
 from tests.suites.models import WIDTH, Normalised, Regressor
 
 
@@ -116,6 +116,7 @@ def test_logging_over_the_wire_in_each_step_warns(tmp_path: Path) -> None:
         fit(tmp_path, Talkative(), StreamingDiLoCoStrategy(sync_every=6), devices=1)
 
 
+@pytest.mark.skipif(Version(lightning.__version__) < Version("2.6"), reason="there the finder moves any loader on")
 @pytest.mark.parametrize("num_sanity_val_steps", [0, 1])
 def test_a_trial_fit_leaves_nothing_behind(tmp_path: Path, num_sanity_val_steps: int) -> None:
     class Validated(OwnData):  # on the shared weights, whose loss differs from that of the local ones
@@ -183,24 +184,20 @@ class Requeued(SLURMEnvironment):
     local_rank = node_rank = global_rank
 
 
-def refused(
-    tmp_path: Path, message: str, module: LightningModule | None = None, trainer: Any = None, **options: Any
-) -> None:
-    strategy = StreamingDiLoCoStrategy(**{"sync_every": 5, **options})
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, module or make(), strategy, **{"devices": 1, **(trainer or {})})
-
-
 def test_workers_that_do_not_divide_the_world(tmp_path: Path) -> None:
-    refused(tmp_path, "`devices_per_worker` must divide the 1 processes of the world, got 2", devices_per_worker=2)
+    assert_refused(
+        tmp_path, "`devices_per_worker` must divide the 1 processes of the world, got 2", devices_per_worker=2
+    )
 
 
 def test_sync_batchnorm_within_single_device_workers(tmp_path: Path) -> None:
-    refused(tmp_path, "`sync_batchnorm=True` averages batch statistics", trainer={"sync_batchnorm": True})
+    assert_refused(tmp_path, "`sync_batchnorm=True` averages batch statistics", trainer={"sync_batchnorm": True})
 
 
 def test_comm_hook_without_gradients_to_average(tmp_path: Path) -> None:
-    refused(tmp_path, "`ddp_comm_hook` changes how gradients are averaged", ddp_comm_hook=lambda state, bucket: None)
+    assert_refused(
+        tmp_path, "`ddp_comm_hook` changes how gradients are averaged", ddp_comm_hook=lambda state, bucket: None
+    )
 
 
 def test_lazy_parameters(tmp_path: Path) -> None:
@@ -209,7 +206,7 @@ def test_lazy_parameters(tmp_path: Path) -> None:
             super().__init__()
             self.lazy = nn.LazyLinear(2)
 
-    refused(tmp_path, "parameter `lazy.weight` is lazy and has no shape yet", Lazy())
+    assert_refused(tmp_path, "parameter `lazy.weight` is lazy and has no shape yet", Lazy())
 
 
 def test_sharded_parameters(tmp_path: Path) -> None:
@@ -221,7 +218,7 @@ def test_sharded_parameters(tmp_path: Path) -> None:
             weight = distribute_tensor(self.head.weight.detach(), init_device_mesh("cpu", (1,)), [Replicate()])
             self.head.weight = nn.Parameter(weight)
 
-    refused(tmp_path, r"parameter `head.weight` is a DTensor \(FSDP or tensor parallel\)", Sharded())
+    assert_refused(tmp_path, r"parameter `head.weight` is a DTensor \(FSDP or tensor parallel\)", Sharded())
 
 
 def test_slurm_requeueing_warns(tmp_path: Path) -> None:
@@ -241,14 +238,14 @@ def test_complex_parameters(tmp_path: Path) -> None:
         def configure_model(self) -> None:
             self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
 
-    refused(tmp_path, "parameter `phase` is complex", Complex())
+    assert_refused(tmp_path, "parameter `phase` is complex", Complex())
 
 
 @pytest.mark.skipif(
     Version(lightning.__version__) < Version("2.6"), reason="validation by time came with lightning 2.6"
 )
 def test_validation_by_the_clock(tmp_path: Path) -> None:
-    refused(tmp_path, "`val_check_interval` is a time", trainer={"val_check_interval": "00:00:00:02"})
+    assert_refused(tmp_path, "`val_check_interval` is a time", trainer={"val_check_interval": "00:00:00:02"})
 
 
 def test_a_timer_warns(tmp_path: Path) -> None:
@@ -261,7 +258,7 @@ def test_nothing_to_train(tmp_path: Path) -> None:
         def configure_model(self) -> None:
             self.requires_grad_(False)
 
-    refused(tmp_path, "no trainable parameter", Frozen())
+    assert_refused(tmp_path, "no trainable parameter", Frozen())
 
 
 # ---- SIGTERM ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from fulgurite.plugins.comm import dequantize_e3m0, partition_parameters, quantize_e3m0
 from fulgurite.strategies import StreamingDiLoCoStrategy
-from tests.suites.fits import BATCH, OwnData, assert_same, fit, make, streaming
+from tests.suites.fits import BATCH, OwnData, assert_refused, assert_same, fit, make, streaming
 from tests.suites.models import Manual, dataset, sgd
 
 EXACT = {"quantize": "fp32", "outer_lr": 1.0, "outer_momentum": 0.0, "overlap_steps": 0}
@@ -286,13 +286,8 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         StreamingDiLoCoStrategy(**arguments)
 
 
-def refused(folder: Path, message: str, max_steps: int = 20, **options: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(folder, make(), StreamingDiLoCoStrategy(**{"sync_every": 5} | options), devices=1, max_steps=max_steps)
-
-
 def test_one_overlap_a_worker(tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         tmp_path, r"`overlap_steps` must have one number a worker, that is 1, got 2: \[1, 2\]", overlap_steps=[1, 2]
     )
 
@@ -309,12 +304,14 @@ def test_a_partition_holds_each_name_once(tmp_path: Path, change: Any, message: 
     def partition(module: nn.Module) -> list[list[str]]:
         return [change([name for name, _ in module.named_parameters()])]
 
-    refused(tmp_path, f"`partition` must hold each trainable parameter once, but it {message}", partition=partition)
+    assert_refused(
+        tmp_path, f"`partition` must hold each trainable parameter once, but it {message}", partition=partition
+    )
 
 
 def test_a_run_without_an_exchange(tmp_path: Path) -> None:
     message = "`sync_every` is 21 and the run has 20 optimizer steps: the workers would never exchange"
-    refused(tmp_path, message, sync_every=21)
+    assert_refused(tmp_path, message, sync_every=21)
 
 
 def test_a_run_of_few_exchanges_warns(tmp_path: Path) -> None:
@@ -381,8 +378,7 @@ def test_fragments_that_never_moved_are_told(tmp_path: Path) -> None:
 
 def test_steps_of_several_optimizers_are_not_added_up(tmp_path: Path) -> None:
     message = "`sync_every` is 15 and the run has 10 optimizer steps"
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, Manual(), StreamingDiLoCoStrategy(sync_every=15), devices=1)
+    assert_refused(tmp_path, message, Manual(), sync_every=15)
 
 
 def test_a_parameter_frozen_during_the_fit_is_shown_shared_all_the_same(tmp_path: Path) -> None:

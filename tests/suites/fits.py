@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
@@ -93,3 +95,12 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: 
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def assert_refused(
+    folder: Path, message: str, module: LightningModule | None = None, trainer: Any = None, **options: Any
+) -> None:
+    """Checks that a fit by one process does not start, and that the error says why."""
+    strategy = StreamingDiLoCoStrategy(**{"sync_every": 5, **options})
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(folder, module or make(), strategy, **{"devices": 1, **(trainer or {})})
