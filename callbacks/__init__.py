@@ -1,5 +1,6 @@
 """What watches or shapes a fit."""
 
 from fulgurite.callbacks.figures import log_figure
+from fulgurite.callbacks.robust_validation import RobustValidation
 
-__all__ = ["log_figure"]
+__all__ = ["RobustValidation", "log_figure"]

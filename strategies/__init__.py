@@ -4,10 +4,12 @@ from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from fulgurite.strategies.federated import FederatedStrategy
+from fulgurite.strategies.federated_adversarial import FederatedAdversarialStrategy
 from fulgurite.strategies.replicas import ReplicaStrategy
 from fulgurite.strategies.streaming_diloco import StreamingDiLoCoStrategy
 
-__all__ = ["ReplicaStrategy", "StreamingDiLoCoStrategy"]
+__all__ = ["FederatedAdversarialStrategy", "FederatedStrategy", "ReplicaStrategy", "StreamingDiLoCoStrategy"]
 
 _DILOCO: dict[str, Any] = {
     "sync_every": 500,
@@ -17,19 +19,24 @@ _DILOCO: dict[str, Any] = {
     "quantize": "fp32",
 }
 
-for _suffix, _start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
-    StrategyRegistry.register(
-        f"streaming_diloco{_suffix}",
-        StreamingDiLoCoStrategy,
-        description=f"Streaming DiLoCo (arXiv 2501.18512), processes by {_start_method}",
-        override=True,  # a notebook may reload this module
-        start_method=_start_method,
-    )
-    StrategyRegistry.register(
-        f"diloco{_suffix}",
-        StreamingDiLoCoStrategy,
-        description=f"DiLoCo (arXiv 2311.08105), processes by {_start_method}",
-        override=True,
-        start_method=_start_method,
-        **_DILOCO,
-    )
+_NAMED: dict[str, tuple[type[ReplicaStrategy], str, dict[str, Any]]] = {
+    "streaming_diloco": (StreamingDiLoCoStrategy, "Streaming DiLoCo (arXiv 2501.18512)", {}),
+    "diloco": (StreamingDiLoCoStrategy, "DiLoCo (arXiv 2311.08105)", _DILOCO),
+    "federated": (FederatedStrategy, "federated averaging of ten IID clients (arXiv 1602.05629)", {"num_clients": 10}),
+    "federated_adversarial": (
+        FederatedAdversarialStrategy,
+        "federated adversarial learning of ten IID clients (arXiv 2208.03635)",
+        {"num_clients": 10},
+    ),
+}
+
+for _name, (_strategy, _description, _settings) in _NAMED.items():
+    for _suffix, _start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
+        StrategyRegistry.register(
+            f"{_name}{_suffix}",
+            _strategy,
+            description=f"{_description}, processes by {_start_method}",
+            override=True,  # a notebook may reload this module
+            start_method=_start_method,
+            **_settings,
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -50,6 +51,21 @@ def stop_on_sigterm(trainer: Trainer) -> None:
 def validates_by_time(trainer: Trainer) -> bool:
     """Whether ``val_check_interval`` is a time; not yet possible in 2.5."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def saves_within_epochs(callback: Checkpoint) -> bool:
+    """Whether a ModelCheckpoint counts steps or time instead of epochs."""
+    if not isinstance(callback, ModelCheckpoint):
+        return False
+    return callback._every_n_train_steps > 0 or callback._train_time_interval is not None
+
+
+def set_epoch_length(trainer: Trainer, batches: int) -> None:
+    """Makes this epoch ``batches`` long; Lightning asks a loader for its length only when it is loaded."""
+    loader = trainer.fit_loop._combined_loader
+    if loader is not None:  # else it is being loaded
+        loader.limits = [batches]
+        trainer.fit_loop.max_batches = trainer.val_check_batch = batches
 
 
 def ddp_over(strategy: DDPStrategy, group: dist.ProcessGroup) -> None:

@@ -42,7 +42,7 @@ class ReplicaStrategy(DDPStrategy):
     start from rank 0's weights. Between exchanges their weights differ; the user sees the *shared* weights wherever it
     counts: during validation, in checkpoints and after the fit.
 
-    A subclass defines ``start``, ``after_step``, ``shared_parameters``, ``rule_state`` and ``load_rule_state``.
+    A subclass defines ``start``, ``after_step``, ``shared_values``, ``rule_state`` and ``load_rule_state``.
 
     Args:
         devices_per_worker: processes of a worker, which must divide the world; None takes 1 on one node, else the
@@ -102,8 +102,11 @@ class ReplicaStrategy(DDPStrategy):
         """Called after each step of the first optimizer, without gradients; steps are counted, also skipped ones."""
 
     @abstractmethod
-    def shared_parameters(self) -> dict[str, Tensor]:
-        """What the workers agree on: ``name -> value`` for trainable parameters; called on all processes."""
+    def shared_values(self) -> dict[str, Tensor]:
+        """What the workers agree on, ``name -> value``; called on all processes.
+
+        Of a buffer that is not in it, the workers' mean is shown, and rank 0's where that is not floating.
+        """
 
     @abstractmethod
     def rule_state(self) -> dict[str, Any]:
@@ -112,6 +115,11 @@ class ReplicaStrategy(DDPStrategy):
     @abstractmethod
     def load_rule_state(self, state: Mapping[str, Any], same_workers: bool) -> None:
         """Restores what ``rule_state`` gave; unless ``same_workers``, local weights must start from the shared ones."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether the workers' values differ from the shared ones; a rule under which they meet says when they do."""
+        return True
 
     def finish(self) -> None:
         """Called at the end of training, before the module is left with the shared weights."""
@@ -195,7 +203,7 @@ class ReplicaStrategy(DDPStrategy):
         if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             rank_zero_warn(
                 "`max_time` (the Timer callback) asks rank 0 before each batch, over the slow link, and so keeps the"
-                " workers in lockstep: use `max_steps`"
+                " workers in lockstep: use `max_steps` or `max_epochs`"
             )
         if isinstance(self.cluster_environment, SLURMEnvironment) and self.cluster_environment.auto_requeue:
             rank_zero_warn(
@@ -357,15 +365,19 @@ class ReplicaStrategy(DDPStrategy):
 
     def _show_shared(self) -> None:
         """Puts the shared values into the module in place; optimizers keep their parameters."""
-        if self._local is not None:
+        if self._local is not None or not self.apart:
             return
         self._local = {name: tensor.detach().clone() for name, tensor in self._tensors()}
-        shared = self.shared_parameters()
+        shared = self.shared_values()
         with torch.no_grad():
             for name, tensor in self._tensors():
                 if name in shared:
                     tensor.copy_(shared[name])
-            average_(tensor for _, tensor in self._tensors() if not isinstance(tensor, nn.Parameter))
+            average_(
+                tensor
+                for name, tensor in self._tensors()
+                if name not in shared and not isinstance(tensor, nn.Parameter)
+            )
 
     def _give_back_local(self) -> None:
         if self._local is None:
@@ -399,7 +411,8 @@ class ReplicaStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if "optimizer_states" in checkpoint and self._object_group is not None:  # else weights alone were asked for
-            checkpoint[self.checkpoint_key] = {**self.rule_state(), "workers": self._gather_workers(checkpoint)}
+            workers = self._gather_workers(checkpoint) if self.apart else []
+            checkpoint[self.checkpoint_key] = {**self.rule_state(), "apart": self.apart, "workers": workers}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _gather_workers(self, checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -437,7 +450,7 @@ class ReplicaStrategy(DDPStrategy):
             if same:
                 for name, tensor in self._tensors():
                     tensor.copy_(mine["values"][name])
-            else:
+            elif state["apart"]:
                 rank_zero_warn(
                     f"the checkpoint holds the state of {len(workers)} workers and the run has {self.num_workers}:"
                     " all start from the shared weights, and the run does not go on bit for bit"

@@ -360,7 +360,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
     # ---- shared weights and checkpoints ------------------------------------------------------------------------------
 
     @override
-    def shared_parameters(self) -> dict[str, Tensor]:
+    def shared_values(self) -> dict[str, Tensor]:
         shared: dict[str, Tensor] = {}
         for names, fragment in zip(self._names, self._fragments, strict=True):
             shared.update(zip(names, fragment.views(fragment.full(fragment.value)), strict=True))
@@ -368,7 +368,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     def outer_state_dict(self) -> dict[str, Tensor]:
         """The outer parameters ``g`` by name, on the CPU; to be called on all processes."""
-        return {name: value.detach().cpu().clone() for name, value in self.shared_parameters().items()}
+        return {name: value.detach().cpu().clone() for name, value in self.shared_values().items()}
 
     @override
     def rule_state(self) -> dict[str, Any]:

@@ -68,6 +68,14 @@ class Regressor(LightningModule):
         return DataLoader(dataset(32, seed=2), batch_size=8)
 
 
+class Pixels(Regressor):
+    """With inputs in [0, 1]."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        inputs, targets = dataset(64, seed=0).tensors
+        return DataLoader(TensorDataset(inputs.sigmoid(), targets), batch_size=4, shuffle=True)
+
+
 class Scheduled(Regressor):
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()

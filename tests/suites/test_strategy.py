@@ -3,22 +3,25 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 import fulgurite.strategies
+from fulgurite.plugins.federated import PGD
 from tests.suites.fits import assert_same, fit, make
-from tests.suites.models import Compiled, Manual, Normalised, Regressor, Scheduled
+from tests.suites.models import Compiled, Manual, Normalised, Pixels, Regressor, Scheduled
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,12 +35,21 @@ class Case:
         make: the strategy with settings for a fit of a few dozen steps, in forked processes.
         metric: one that it logs.
         steps: after which defaults alone have logged it.
+        init_args: what the strategy cannot do without.
+        module: what it trains with defaults alone.
+        save_every: of ModelCheckpoint, ``save_steps`` optimizer steps.
+        refuses: by the name of a module or of an argument of the Trainer, why the strategy cannot train so.
     """
 
     name: str
     make: Callable[[], Strategy]
     metric: str
     steps: int
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+    module: type[Regressor] = Regressor
+    save_every: Mapping[str, int] = field(default_factory=lambda: {"every_n_train_steps": 10})
+    save_steps: int = 10
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -53,9 +65,31 @@ def diloco() -> Strategy:
     )
 
 
+def federated() -> Strategy:
+    return fulgurite.strategies.FederatedStrategy(num_clients=8, clients_per_round=5, start_method="fork")
+
+
+def federated_adversarial() -> Strategy:
+    attack = PGD(eps=0.1, steps=2, clip=None)
+    return fulgurite.strategies.FederatedAdversarialStrategy(attack=attack, num_clients=6, start_method="fork")
+
+
+FEDERATED: dict[str, Any] = {
+    "steps": 40,
+    "init_args": {"num_clients": 4},
+    "save_every": {"every_n_epochs": 1},
+    "refuses": {
+        "accumulate_grad_batches": "would straddle two clients",
+        "val_check_interval": "use `check_val_every_n_epoch`",
+        "Scheduled": "use `interval='epoch'`",
+        "Manual": "let Lightning step the optimizer",
+    },
+}
 CASES = [
     Case("streaming_diloco", streaming_diloco, "diloco/bytes_sent", 120),
     Case("diloco", diloco, "diloco/bytes_sent", 500),
+    Case("federated", federated, "fed/update_norm", save_steps=18, **FEDERATED),
+    Case("federated_adversarial", federated_adversarial, "fal/attack_gain", module=Pixels, save_steps=24, **FEDERATED),
 ]
 every_strategy = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -78,26 +112,29 @@ def quiet(folder: Path, **options: Any) -> dict[str, Any]:
 @every_strategy
 def test_by_name_with_defaults_alone(case: Case, tmp_path: Path) -> None:
     trainer = Trainer(strategy=f"{case.name}_fork", max_steps=case.steps, **quiet(tmp_path, enable_checkpointing=False))
-    trainer.fit(Regressor())
+    trainer.fit(case.module())
     assert trainer.callback_metrics[case.metric] > 0
-    assert trainer.test(Regressor(), verbose=False)[0]["test_loss"] > 0
+    assert trainer.test(case.module(), verbose=False)[0]["test_loss"] > 0
 
 
 @every_strategy
 def test_by_yaml(case: Case, tmp_path: Path) -> None:
     kind = type(case.make())
+    strategy = {"class_path": f"{kind.__module__}.{kind.__qualname__}"}
+    strategy |= {"init_args": {"start_method": "fork", **case.init_args}}
     config = tmp_path / "config.yaml"
     config.write_text(
         f"""
         trainer:
-          strategy: {{class_path: {kind.__module__}.{kind.__qualname__}, init_args: {{start_method: fork}}}}
+          strategy: {strategy}
           max_steps: 120
-          {{accelerator: cpu, devices: 2}}
-        """.replace("{accelerator: cpu, devices: 2}", "accelerator: cpu\n          devices: 2")
+          accelerator: cpu
+          devices: 2
+        """
     )
     options = {key: value for key, value in quiet(tmp_path).items() if key not in ("accelerator", "devices")}
     cli = LightningCLI(
-        Regressor,
+        case.module,
         trainer_defaults=options | {"default_root_dir": str(tmp_path)},
         save_config_callback=None,
         args=["fit", "--config", str(config)],
@@ -109,12 +146,12 @@ SCRIPT = """
 import sys
 import fulgurite.strategies
 from lightning.pytorch import Trainer
-from tests.suites.models import Regressor
+from tests.suites import models
 
 if __name__ == "__main__":
     trainer = Trainer(accelerator="cpu", devices=2, strategy=sys.argv[1], max_steps=int(sys.argv[2]), logger=False,
                       enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    trainer.fit(Regressor())
+    trainer.fit(getattr(models, sys.argv[4])())
     if trainer.is_global_zero:
         print("METRIC", float(trainer.callback_metrics[sys.argv[3]]))
 """
@@ -133,7 +170,7 @@ def test_by_script(case: Case, launcher: str, tmp_path: Path) -> None:
     command = start if launcher == "torchrun" else [sys.executable]
     name = f"{case.name}_spawn" if launcher == "spawn" else case.name
     finished = subprocess.run(
-        [*command, str(script), name, str(case.steps), case.metric],
+        [*command, str(script), name, str(case.steps), case.metric, case.module.__name__],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=120,
         capture_output=True,
@@ -167,6 +204,11 @@ def test_trains(case: Case, module: type[LightningModule], options: dict[str, An
     trained = module()
     before = {name: value.detach().clone() for name, value in trained.named_parameters()}
     trainer = Trainer(strategy=case.make(), max_epochs=4, **quiet(tmp_path, logger=CSVLogger(tmp_path), **options))
+    for name, reason in case.refuses.items():
+        if name in options or name == module.__name__:
+            with pytest.raises((MisconfigurationException, ProcessRaisedException), match=reason):
+                trainer.fit(trained)
+            return
     trainer.fit(trained)
     assert trainer.callback_metrics[case.metric] > 0
     assert trainer.callback_metrics["val_loss"].isfinite()
@@ -204,9 +246,10 @@ def test_a_checkpoint_holds_what_was_validated(case: Case, tmp_path: Path) -> No
 
 @every_strategy
 def test_resume_is_exact(case: Case, tmp_path: Path) -> None:
-    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
-    whole = fit(tmp_path / "whole", make(), case.make(), max_steps=20, callbacks=[checkpoint])
-    path = tmp_path / "step=10.ckpt"
-    resumed = fit(tmp_path / "resumed", make(), case.make(), max_steps=20, ckpt_path=path)
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **case.save_every)
+    steps = 2 * case.save_steps
+    whole = fit(tmp_path / "whole", make(), case.make(), max_steps=steps, callbacks=[checkpoint])
+    path = tmp_path / f"step={case.save_steps}.ckpt"
+    resumed = fit(tmp_path / "resumed", make(), case.make(), max_steps=steps, ckpt_path=path)
     for rank in (0, 1):
         assert_same(resumed.read(rank)["local"], whole.read(rank)["local"])
