@@ -3,11 +3,13 @@
 import inspect
 import os
 import signal
+from datetime import timedelta
 from typing import Any
 
 import lightning
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from packaging.version import Version
 from torch import nn
@@ -25,6 +27,33 @@ def test_the_names_exist() -> None:
     assert DDPStrategy()._layer_sync is None
     if Version(lightning.__version__) >= Version("2.6"):
         assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+
+
+def test_checkpoints_within_epochs_are_recognised() -> None:
+    within = [ModelCheckpoint(every_n_train_steps=3), ModelCheckpoint(train_time_interval=timedelta(minutes=1))]
+    assert all(map(_lightning.saves_within_epochs, within))
+    at_ends = [ModelCheckpoint(), ModelCheckpoint(every_n_epochs=2), OnExceptionCheckpoint("folder")]
+    assert not any(map(_lightning.saves_within_epochs, at_ends))
+
+
+def test_an_epoch_gets_the_length_that_it_is_given() -> None:
+    class Shorter(Callback):
+        seen = 0
+
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            _lightning.set_epoch_length(trainer, 3)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seen += 1
+
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert trainer.sanity_checking or self.seen == 3
+
+    shorter = Shorter()
+    trainer = Trainer(accelerator="cpu", logger=False, max_epochs=1, callbacks=[shorter], enable_checkpointing=False)
+    trainer.fit(Regressor())
+    assert shorter.seen == 3
+    assert trainer.current_epoch == 1
 
 
 def test_ddp_passes_its_keyword_arguments_to_the_wrapper() -> None:

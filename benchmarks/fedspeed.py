@@ -1,0 +1,450 @@
+"""FedSpeed beside FedAvg, FedProx, FedSAM, SCAFFOLD and FedDyn: rounds and gradients to an accuracy, time of a step.
+
+    python benchmarks/fedspeed.py [rounds|step|figure|all] [--quick]
+
+``rounds`` federates the handwritten digits of 50 clients of few classes each: it picks each method's settings on a
+validation split, and then trains with fresh seeds (half an hour). ``step`` times an optimizer step, ours and others' in
+turn. Each replaces its part of ``results/fedspeed.json``; ``--quick`` does little of it, into ``build/benchmarks``.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _plots import PAGE, mpl
+from _record import RESULTS, record, spread
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
+
+from fulgurite.plugins.federated import dirichlet_partition
+from fulgurite.plugins.federated.average import ClientAverage
+from fulgurite.plugins.federated.rounds import ClientBatchSampler
+from fulgurite.plugins.optim import FedSpeed, FedSpeedServer
+
+QUICK_RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
+
+# ---- a federation ----------------------------------------------------------------------------------------------------
+
+CLIENTS, ACTIVE, ALPHA = 50, 5, 0.1
+LOCAL_EPOCHS, BATCH_SIZE = 5, 10
+LR_DECAY, WEIGHT_DECAY, MAX_GRAD_NORM = 0.998, 1e-3, 10.0
+TRAIN, VALIDATION = 1437, 287  # samples; the rest of the 1797 are for the test, and validation is part of training
+
+
+@dataclass
+class Federation:
+    """Who has which samples, and on which others the model is judged.
+
+    Attributes:
+        inputs: ``(n, 64)``, of all clients.
+        targets: ``(n, 10)``, their classes as unit vectors.
+        parts: for each client the rows that it owns.
+        judged_inputs: ``(m, 64)``
+        judged_labels: ``(m,)``
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    parts: list[NDArray[np.int64]]
+    judged_inputs: Tensor
+    judged_labels: Tensor
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    images, labels = load_digits(return_X_y=True)
+    return torch.from_numpy(images / 16), torch.from_numpy(labels)
+
+
+def federate(seed: int, validate: bool, dtype: torch.dtype = torch.float32) -> Federation:
+    """Splits and deals by ``seed``; with ``validate`` the model is judged on training samples that no client gets."""
+    inputs, labels = digits()
+    order = np.random.default_rng(seed).permutation(len(labels))
+    train, judged = order[:TRAIN], order[TRAIN:]
+    if validate:
+        judged, train = train[:VALIDATION], train[VALIDATION:]
+    parts = dirichlet_partition(labels[train], CLIENTS, ALPHA, seed, balanced=True)
+    return Federation(
+        inputs[train].to(dtype),
+        F.one_hot(labels[train], 10).to(dtype),
+        parts,
+        inputs[judged].to(dtype),
+        labels[judged],
+    )
+
+
+def initial_weights(seed: int, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """A perceptron of 64, 32 and 10 units (He normal): weight, bias, weight, bias as of two ``nn.Linear``."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for inputs, outputs in ((64, 32), (32, 10)):
+        tensors.append(nn.init.kaiming_normal_(torch.empty(outputs, inputs, dtype=dtype), generator=generator))
+        tensors.append(torch.zeros(outputs, dtype=dtype))
+    return [nn.Parameter(tensor) for tensor in tensors]
+
+
+def logits(weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
+    return F.linear(F.linear(inputs, *weights[:2]).relu(), *weights[2:])
+
+
+@torch.no_grad()
+def cross_entropy(weights: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss; sets the gradients, in a third of the time that autograd takes for so few weights."""
+    first, first_bias, second, second_bias = weights
+    hidden = F.linear(inputs, first, first_bias).relu_()
+    log_shares = F.linear(hidden, second, second_bias).log_softmax(1)
+    slope = (log_shares.exp() - targets).div_(len(inputs))
+    hidden_slope = (slope @ second).mul_(hidden > 0)
+    first.grad, first_bias.grad = hidden_slope.T @ inputs, hidden_slope.sum(0)
+    second.grad, second_bias.grad = slope.T @ hidden, slope.sum(0)
+    return -(log_shares * targets).sum() / len(inputs)
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+class Scaffold(Optimizer):
+    """A client of SCAFFOLD, option II (arXiv 1910.06378): each step subtracts the client's drift ``c_i - c``.
+
+    Attributes:
+        control: the server's ``c``.
+        pending: sum of the changes of ``c_i`` in this round, which the server takes.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0, max_grad_norm: float = math.inf):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.max_grad_norm = max_grad_norm
+        self.weights: list[Tensor] = self.param_groups[0]["params"]
+        self.control = [torch.zeros_like(p) for p in self.weights]
+        self.pending = [torch.zeros_like(p) for p in self.weights]
+
+    @torch.no_grad()
+    def begin_round(self, state: list[Tensor] | None) -> None:
+        self._start = [p.clone() for p in self.weights]
+        self._own = state or [torch.zeros_like(p) for p in self.weights]
+        self._correction = torch._foreach_sub(self.control, self._own)
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        group = self.param_groups[0]
+        direction = torch._foreach_add(self._correction, [p.grad for p in self.weights])
+        torch._foreach_add_(direction, self.weights, alpha=group["weight_decay"])
+        share = min(1.0, self.max_grad_norm / (float(get_total_norm(direction)) + 1e-6))
+        torch._foreach_add_(self.weights, direction, alpha=-group["lr"] * share)
+        self._steps += 1
+        return loss
+
+    @torch.no_grad()
+    def end_round(self) -> list[Tensor]:
+        change = torch._foreach_sub(self._start, self.weights)
+        torch._foreach_div_(change, self._steps * self.param_groups[0]["lr"])
+        torch._foreach_sub_(change, self.control)
+        torch._foreach_add_(self.pending, change)
+        return list(torch._foreach_add(self._own, change))
+
+
+class ScaffoldServer(SGD):
+    """Its server: moves by the mean change, and ``c`` by the mean over all clients of the changes of ``c_i``."""
+
+    def __init__(self, params: Iterable[Tensor], client: Scaffold, num_clients: int, lr: float = 1.0) -> None:
+        super().__init__(params, lr=lr)
+        self.client, self.num_clients = client, num_clients
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        super().step(closure)
+        torch._foreach_add_(self.client.control, self.client.pending, alpha=1 / self.num_clients)
+        torch._foreach_zero_(self.client.pending)
+
+
+METHODS = {
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "fedsam": "FedSAM",
+    "scaffold": "SCAFFOLD",
+    "feddyn": "FedDyn",
+    "fedspeed": "FedSpeed",
+}
+AS_FEDSPEED: dict[str, dict[str, Any]] = {  # FedSpeed's arguments that make it another method
+    "fedavg": {"rho": 0.0, "lam": math.inf},
+    "fedprox": {"rho": 0.0, "correction": False},
+    "fedsam": {"lam": math.inf},
+    "feddyn": {"rho": 0.0},
+    "fedspeed": {"rho": 0.1},
+}
+
+
+def optimizers(name: str, weights: Iterable[Tensor], setting: dict[str, float]) -> tuple[Any, Optimizer]:
+    """A method's optimizers, of the clients and of the server."""
+    weights = list(weights)
+    common = {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM}
+    if name == "scaffold":
+        scaffold = Scaffold(weights, setting["lr"], **common)
+        return scaffold, ScaffoldServer(weights, scaffold, CLIENTS, setting["server_lr"])
+    client = FedSpeed(weights, **common, **AS_FEDSPEED[name], **setting)
+    return client, FedSpeedServer(weights) if name in ("feddyn", "fedspeed") else SGD(weights, lr=1.0)
+
+
+@dataclass
+class Fit:
+    """What a fit measured after each round.
+
+    Attributes:
+        accuracy: on the samples on which it is judged.
+        gradients: minibatch gradients computed so far by all clients.
+        weights: at the end.
+    """
+
+    accuracy: list[float]
+    gradients: list[int]
+    weights: list[nn.Parameter]
+
+
+def fit(name: str, setting: dict[str, float], seed: int, rounds: int, data: Federation) -> Fit:
+    """What FederatedStrategy does with this method, without a Trainer."""
+    weights = initial_weights(seed, data.inputs.dtype)
+    client, server = optimizers(name, weights, setting)
+    scheduler = ExponentialLR(client, LR_DECAY)
+    sampler = ClientBatchSampler(data.parts, BATCH_SIZE, ACTIVE, local_epochs=LOCAL_EPOCHS, seed=seed)
+    average = ClientAverage(weights)
+    states: dict[int, list[Tensor]] = {}
+    found = Fit([], [], weights)
+    count = 0
+
+    def loss() -> Tensor:
+        nonlocal count
+        count += 1
+        return cross_entropy(weights, inputs, targets)
+
+    for number in range(rounds):
+        sampler.set_round(number)
+        average.open()
+        for turn, batch in zip(sampler.turns, sampler, strict=True):
+            if turn.step == 0:
+                average.reset()
+                client.state.clear()
+                client.begin_round(states.get(turn.client))
+            inputs, targets = data.inputs[batch], data.targets[batch]
+            client.step(loss)
+            if turn.last:
+                states[turn.client] = client.end_round()
+                average.add(1)
+        step_server(server, weights, average.close(ACTIVE)[0])
+        scheduler.step()
+        found.accuracy.append(accuracy(weights, data))
+        found.gradients.append(count)
+    return found
+
+
+def step_server(server: Optimizer, weights: list[nn.Parameter], changes: list[Tensor]) -> None:
+    for weight, change in zip(weights, changes, strict=True):
+        weight.grad = change.neg().to(weight.dtype)
+    for group in server.param_groups:
+        if "participation" in group:
+            group["participation"] = ACTIVE / CLIENTS
+    server.step()
+
+
+@torch.no_grad()
+def accuracy(weights: list[nn.Parameter], data: Federation) -> float:
+    guesses = logits(weights, data.judged_inputs).argmax(1)
+    return (guesses == data.judged_labels).double().mean().item()
+
+
+# ---- rounds ----------------------------------------------------------------------------------------------------------
+
+BARS = (95, 97)  # percent
+WINDOW = 5  # rounds whose mean must reach the bar
+LAST = 10  # rounds whose mean is the final accuracy
+ROUNDS = 150
+TUNING_SEEDS, SEEDS = [0, 1, 2], list(range(100, 120))
+RATES = (0.15, 0.3, 0.6)
+LENGTHS = (3.0, 10.0, 30.0)
+
+
+def pairs(**values: Sequence[float]) -> list[dict[str, float]]:
+    """Each learning rate with each value of the method's own argument."""
+    ((name, own),) = values.items()
+    return [{"lr": lr, name: value} for lr in RATES for value in own]
+
+
+GRIDS: dict[str, list[dict[str, float]]] = {
+    "fedavg": [{"lr": lr} for lr in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)],
+    "fedprox": pairs(lam=LENGTHS),
+    "fedsam": pairs(rho=(0.03, 0.1, 0.3)),
+    "scaffold": pairs(server_lr=(0.5, 1.0, 2.0)),
+    "feddyn": pairs(lam=LENGTHS),
+    "fedspeed": pairs(lam=LENGTHS),
+}
+RULE = (
+    "Each method has as many settings, fixed before any of these runs, on the same tuning seeds; of them the highest"
+    " mean validation accuracy of the last 10 rounds is taken. In tuning, clients share 1150 samples and the model is"
+    " judged on 287 other training samples; the 360 test samples are not looked at. Each fresh seed then draws its own"
+    " split, partition, weights and clients, deals out all 1437 training samples, and is judged on its 360 test samples"
+    " after each round. `lam` of FedProx is 1 / mu; `rho` of FedSpeed is 0.1, its reference's; of SCAFFOLD the server's"
+    " learning rate is tuned. A bar is reached in the first round at which the mean of the last 5 rounds does; null:"
+    " not in these rounds, which medians count as infinity. A gradient is one of a minibatch of a client."
+)
+
+Fits = dict[str, list[Fit]]  # method -> a fit of each seed
+
+
+def rounds(quick: bool) -> dict[str, Any]:
+    """Tunes each method alike, and trains it with fresh seeds."""
+    number, tuning_seeds, seeds = (12, [0], [100, 101]) if quick else (ROUNDS, TUNING_SEEDS, SEEDS)
+    grids = {name: grid[3:5] if quick else grid for name, grid in GRIDS.items()}
+    tuning = {name: tune(name, grid, tuning_seeds, number) for name, grid in grids.items()}
+    fits: Fits = {name: [] for name in METHODS}
+    for seed in seeds:  # seed by seed: what else the machine does meets all methods
+        data = federate(seed, validate=False)
+        for name in METHODS:
+            fits[name].append(fit(name, tuning[name]["chosen"], seed, number, data))
+            say(f"rounds {name} seed {seed}", to_bars(fits[name][-1], fits[name][-1].accuracy, "rounds"))
+    setting = {
+        "clients": CLIENTS,
+        "clients_per_round": ACTIVE,
+        "dirichlet_alpha": ALPHA,
+        "local_epochs": LOCAL_EPOCHS,
+        "batch_size": BATCH_SIZE,
+        "lr_decay": LR_DECAY,
+        "weight_decay": WEIGHT_DECAY,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "rounds": number,
+        "tuning_seeds": tuning_seeds,
+        "seeds": seeds,
+        "rule": RULE,
+    }
+    return {"setting": setting, "tuning": tuning, **rounds_results(fits)}
+
+
+def tune(name: str, grid: list[dict[str, float]], seeds: list[int], number: int) -> dict[str, Any]:
+    """Validation accuracy of each setting, and the setting where it is highest."""
+    tried = []
+    for setting in grid:
+        fits = [fit(name, setting, seed, number, federate(seed, validate=True)) for seed in seeds]
+        finals = [final(one) for one in fits]
+        reached = {f"rounds_to_{bar}": middle([first_round(one.accuracy, bar) for one in fits]) for bar in BARS}
+        tried.append({"setting": setting, "validation_accuracy": fmean(finals), "of_seeds": finals, **reached})
+        say(f"tuning {name} {setting}", {"accuracy": tried[-1]["validation_accuracy"], **reached})
+    best = max(tried, key=lambda entry: entry["validation_accuracy"])
+    return {"chosen": best["setting"], "tried": tried}
+
+
+def final(one: Fit) -> float:
+    return fmean(one.accuracy[-LAST:])
+
+
+def first_round(values: list[float], bar: int) -> int | None:
+    """The first round, from 1, at which the mean of the last few reaches ``bar`` percent."""
+    for end in range(WINDOW, len(values) + 1):
+        if fmean(values[end - WINDOW : end]) >= bar / 100 - 1e-9:
+            return end
+    return None
+
+
+def to_bars(one: Fit, values: list[float], unit: str) -> dict[str, int | None]:
+    """Rounds or gradients until each bar."""
+    reached = {bar: first_round(values, bar) for bar in BARS}
+    if unit == "gradients":
+        reached = {bar: None if end is None else one.gradients[end - 1] for bar, end in reached.items()}
+    return {f"{unit}_to_{bar}": value for bar, value in reached.items()}
+
+
+def infinite(values: Iterable[float | None]) -> list[float]:
+    return [math.inf if value is None else value for value in values]
+
+
+def finite(value: float) -> float | None:
+    return None if math.isinf(value) else value
+
+
+def middle(values: Iterable[float | None]) -> float | None:
+    """The median, in which None is infinity."""
+    return finite(median(infinite(values)))
+
+
+def quartiles(values: Iterable[float | None]) -> dict[str, float | None]:
+    """As ``spread``, with None for infinity."""
+    ordered = sorted(infinite(values))
+
+    def quantile(share: float) -> float | None:
+        below, fraction = divmod(share * (len(ordered) - 1), 1)
+        low = ordered[int(below)]
+        return finite(low if fraction == 0 else low + fraction * (ordered[int(below) + 1] - low))
+
+    if math.isinf(ordered[0]):
+        return {"median": None, "q25": None, "q75": None}
+    return {"median": middle(values), "q25": quantile(0.25), "q75": quantile(0.75)}
+
+
+def rounds_results(fits: Fits) -> dict[str, Any]:
+    """Figures of each method, FedSpeed against each other on the same seeds, and whether it is what we set out for."""
+    methods = {name: method_results(measured) for name, measured in fits.items()}
+    versus = {name: compare(methods["fedspeed"], methods[name]) for name in methods if name != "fedspeed"}
+    ours, theirs = (methods[name]["rounds_to_95"]["median"] for name in ("fedspeed", "fedavg"))
+    # Where FedAvg does not get there it would take more rounds than there were: the ratio is at most this.
+    share = None if ours is None else ours / (theirs or len(fits["fedavg"][0].accuracy))
+    target = {"measured": share, "met": share is not None and share <= 0.5}
+    return {
+        "methods": methods,
+        "fedspeed_against": versus,
+        "targets": {"median_rounds_to_95_at_most_half_of_fedavg": target},
+    }
+
+
+def method_results(measured: list[Fit]) -> dict[str, Any]:
+    rows = [to_bars(one, one.accuracy, "rounds") | to_bars(one, one.accuracy, "gradients") for one in measured]
+    finals = [final(one) for one in measured]
+    return {
+        **{key: reaching([row[key] for row in rows]) for key in rows[0]},
+        "final_accuracy": {"mean": fmean(finals), "sd": stdev(finals), "of_seeds": finals},
+        "gradients_per_round": measured[0].gradients[0],
+        "curve": curve([one.accuracy for one in measured]),
+    }
+
+
+def reaching(values: list[int | None]) -> dict[str, Any]:
+    return {**quartiles(values), "reached_by": sum(value is not None for value in values), "of_seeds": values}
+
+
+def curve(accuracies: list[list[float]]) -> dict[str, list[float]]:
+    """Quartiles over the seeds after each round."""
+    columns = [spread(list(column)) for column in zip(*accuracies, strict=True)]
+    return {key: [round(column[key], 5) for column in columns] for key in ("q25", "median", "q75")}
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """On how many seeds we need fewer rounds or gradients, as many, or more; two that never get there are tied."""
+    found = {}
+    for key in (f"{unit}_to_{bar}" for unit in ("rounds", "gradients") for bar in BARS):
+        both = list(zip(infinite(ours[key]["of_seeds"]), infinite(theirs[key]["of_seeds"]), strict=True))
+        found[key] = {
+            "ahead": sum(mine < other for mine, other in both),
+            "tied": sum(mine == other for mine, other in both),
+            "behind": sum(mine > other for mine, other in both),
+        }
+    return found
+
+
+def say(what: str, figures: dict[str, float | None]) -> None:
+    print(f"{what}: " + ", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
