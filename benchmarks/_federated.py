@@ -1,8 +1,10 @@
 """What the federated benchmark measures: models, data, and fits, each in a process of its own."""
 
+import logging
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -43,8 +45,16 @@ Optimizers = Callable[[Any], Optimizer]
 
 def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls the function in a forked process: a fit leaves a process group and memory behind."""
-    with ProcessPoolExecutor(1, mp_context=get_context("fork"), initializer=signal.alarm, initargs=(TIMEOUT_S,)) as one:
-        return one.submit(function, *args, **kwargs).result()
+    with ProcessPoolExecutor(1, mp_context=get_context("fork"), initializer=_begin) as process:
+        return process.submit(function, *args, **kwargs).result()
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(TIMEOUT_S)  # ends this process, and the parent hears of it
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 # ---- models and data -------------------------------------------------------------------------------------------------
@@ -386,3 +396,54 @@ def robust_fit(method: str, seed: int, rounds: int) -> list[dict[str, float]]:
     )
     trainer.fit(Classifier(mlp(*SMALL), optimizer), DataLoader(train, 16), DataLoader(test, 360))
     return curve.points
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory_of_fit(clients: int, rounds: int, duals: bool, folder: str | None) -> dict[str, float]:
+    """Bytes of a fit of the large model, by the kernel's count.
+
+    Args:
+        clients: N; ten of them take two steps in a round.
+        rounds: to train.
+        duals: train by FedSpeed, whose clients remember a tensor for each parameter.
+        folder: for the clients' duals; None keeps them in memory.
+    """
+    data = noise(20_000, MILLION[0])
+    seed_everything(0, verbose=False)
+    federation: dict[str, Any] = {"num_clients": clients, "clients_per_round": 10, "local_steps": 2}
+    if duals:
+        federation |= {"server_optimizer": FedSpeedServer, "client_state_dir": folder}
+    meter = Memory()
+    strategy = FederatedStrategy(**federation)
+    trainer = Trainer(**QUIET, devices=1, strategy=strategy, max_epochs=rounds, callbacks=[meter])
+    module = Classifier(mlp(*MILLION), FEDSPEED if duals else partial(SGD, lr=0.1))
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = resident("VmRSS")
+    trainer.fit(module, loader(data, 10))
+    files = [path.stat() for path in Path(folder).iterdir()] if folder else []
+    return {
+        "model_bytes": sum(parameter.nbytes for parameter in module.parameters()),
+        "peak_bytes": resident("VmHWM"),
+        "peak_of_fit_bytes": resident("VmHWM") - before,
+        "anonymous_at_end_bytes": meter.anonymous_bytes,
+        "clients_with_duals": meter.touched,
+        "file_bytes_on_disk": sum(file.st_blocks * 512 for file in files),
+        "file_bytes_apparent": sum(file.st_size for file in files),
+    }
+
+
+class Memory(Callback):
+    """What is in memory when training ends: anonymous pages, which no file backs, and clients that have a state."""
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.anonymous_bytes = resident("RssAnon")
+        self.touched = len(trainer.strategy.rule_state()["clients"])  # type: ignore[attr-defined]
+
+
+def resident(field: str) -> int:
+    """``VmRSS``, ``VmHWM`` (its peak) or ``RssAnon`` of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

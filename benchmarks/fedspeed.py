@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from _plots import PAGE, mpl
 from _record import RESULTS, record, spread
 from numpy.typing import NDArray
+from pytorch_optimizer import SAM
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -448,3 +450,219 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str,
 
 def say(what: str, figures: dict[str, float | None]) -> None:
     print(f"{what}: " + ", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
+
+
+# ---- step ------------------------------------------------------------------------------------------------------------
+
+STEP_LR, STEP_LAM, STEP_RHO, STEP_BATCH = 0.01, 10.0, 0.1, 32
+STEP_NOTE = (
+    "Seconds of a whole step, gradients included, by contenders that take turns; ratios are within a turn. All on a"
+    " perceptron with ReLU and random data. `sam` and `sgd` are pytorch_optimizer.SAM(SGD) and torch.optim.SGD with"
+    " their defaults, `sam_foreach` is the former with foreach=True. `flat` is FedSpeed as its reference computes it:"
+    " the ascent undone by subtraction, the correction by the gradient of a dot product with the concatenated"
+    " parameters, the norm clipped to 10; `flat_unclipped` does not clip, as `fedspeed` does not."
+)
+Take = Callable[[Callable[[], Any]], object]  # a step, given the closure
+
+
+def step_sam(weights: list[nn.Parameter], **options: Any) -> Take:
+    optimizer = SAM(weights, SGD, rho=STEP_RHO, lr=STEP_LR, **options)
+
+    def take(closure: Callable[[], Any]) -> None:
+        closure()
+        optimizer.step(closure)
+
+    return take
+
+
+def step_sgd(weights: list[nn.Parameter]) -> Take:
+    return SGD(weights, lr=STEP_LR).step
+
+
+def step_fedspeed(weights: list[nn.Parameter], **options: Any) -> Take:
+    optimizer = FedSpeed(weights, lr=STEP_LR, lam=STEP_LAM, **{"rho": STEP_RHO, **options})
+    optimizer.begin_round(None)
+    return optimizer.step
+
+
+def step_flat(weights: list[nn.Parameter], max_grad_norm: float | None = None) -> Take:
+    """The linear part of the proximal term and the dual by a backward pass, the quadratic part by weight decay."""
+    optimizer = SGD(weights, lr=STEP_LR, weight_decay=1 / STEP_LAM)
+    start = torch.cat([p.detach().reshape(-1) for p in weights])
+    dual = torch.zeros_like(start)
+    pull = -start / STEP_LAM - dual
+
+    def take(closure: Callable[[], Any]) -> None:
+        closure()
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm() for p in weights]).norm()
+            ascents = [p.grad * (STEP_RHO / (norm + 1e-12)) for p in weights]
+            for p, ascent in zip(weights, ascents, strict=True):
+                p.add_(ascent)
+        closure()
+        with torch.no_grad():
+            for p, ascent in zip(weights, ascents, strict=True):
+                p.sub_(ascent)
+        torch.sum(torch.cat([p.reshape(-1) for p in weights]) * pull).backward()
+        if max_grad_norm is not None:
+            clip_grad_norm_(weights, max_grad_norm)
+        optimizer.step()
+
+    return take
+
+
+TWO_PASSES: dict[str, Callable[[list[nn.Parameter]], Take]] = {
+    "sam": step_sam,
+    "sam_foreach": partial(step_sam, foreach=True),
+    "flat": partial(step_flat, max_grad_norm=MAX_GRAD_NORM),
+    "flat_unclipped": step_flat,
+    "fedspeed": step_fedspeed,
+    "fedspeed_clipped": partial(step_fedspeed, max_grad_norm=MAX_GRAD_NORM),
+}
+ONE_PASS: dict[str, Callable[[list[nn.Parameter]], Take]] = {
+    "sgd": step_sgd,
+    "fedspeed_rho_0": partial(step_fedspeed, rho=0.0),
+}
+
+
+def contender(make: Callable[[list[nn.Parameter]], Take], widths: Sequence[int]) -> tuple[nn.Module, Callable[[], Any]]:
+    """A model, the same each time, and what trains it by a step."""
+    torch.manual_seed(0)
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    model = nn.Sequential(*layers[:-1])
+    inputs, labels = torch.randn(STEP_BATCH, widths[0]), torch.randint(widths[-1], (STEP_BATCH,))
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    take = make(list(model.parameters()))
+    return model, lambda: take(closure)
+
+
+def step(quick: bool) -> dict[str, Any]:
+    """Seconds of a step with two gradients at ten million weights, and with one at a million."""
+    two, one = ((200,) * 4, (100,) * 4) if quick else ((2000, 2000, 2000, 1000), (500,) * 5)
+    repetitions = 4 if quick else 40
+    by_two = step_times(TWO_PASSES, two, repetitions, steps=1)
+    by_one = step_times(ONE_PASS, one, repetitions, steps=10)
+    limits = {
+        "fedspeed_over_sam_at_most_1_03": (ratio(by_two, "fedspeed", "sam"), 1.03),
+        "fedspeed_over_sgd_at_most_1_05": (ratio(by_one, "fedspeed_rho_0", "sgd"), 1.05),
+        "fedspeed_over_flat_at_most_0_85": (ratio(by_two, "fedspeed_clipped", "flat"), 0.85),
+    }
+    return {
+        "setting": {"batch_size": STEP_BATCH, "repetitions": repetitions, "note": STEP_NOTE},
+        "two_passes": step_results(by_two, two, [name for name in TWO_PASSES if not name.startswith("fedspeed")]),
+        "one_pass": step_results(by_one, one, ["sgd"]),
+        "targets": {
+            name: {"measured": found["median"], "met": found["median"] <= limit}
+            for name, (found, limit) in limits.items()
+        },
+    }
+
+
+def step_times(
+    makers: dict[str, Callable[[list[nn.Parameter]], Take]], widths: Sequence[int], repetitions: int, steps: int
+) -> dict[str, list[float]]:
+    """Seconds of a step in each repetition, a mean over ``steps``; who comes first changes from one to the next."""
+    contenders = {name: contender(make, widths)[1] for name, make in makers.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for repetition in range(-2, repetitions):
+        for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
+            started = time.perf_counter()
+            for _ in range(steps):
+                contenders[name]()
+            if repetition >= 0:  # before that, memory is still being mapped
+                times[name].append((time.perf_counter() - started) / steps)
+    return times
+
+
+def step_results(times: dict[str, list[float]], widths: Sequence[int], peers: list[str]) -> dict[str, Any]:
+    ratios = {
+        f"{name}_over_{peer}": ratio(times, name, peer)
+        for name in times
+        if name.startswith("fedspeed")
+        for peer in peers
+    }
+    say("step", {name: round(found["median"], 3) for name, found in ratios.items()})
+    return {
+        "widths": list(widths),
+        "parameters": sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths)),
+        "seconds": {name: spread(values) for name, values in times.items()},
+        "ratios": ratios,
+    }
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> dict[str, float]:
+    return spread([a / b for a, b in zip(times[above], times[below], strict=True)])
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+COLOURS = {  # as in _plots, Okabe and Ito's
+    "fedavg": "#000000",
+    "fedprox": "#7f7f7f",
+    "fedsam": "#56b4e9",
+    "scaffold": "#009e73",
+    "feddyn": "#0072b2",
+    "fedspeed": "#d55e00",
+}
+
+
+def draw(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Test accuracy against rounds and against gradients; lines are medians over the seeds, bands quartiles."""
+    if "rounds" not in results:
+        return []
+    with mpl.rc_context(PAGE):
+        figure, panels = plt.subplots(1, 2, figsize=(7, 3.3), sharey=True)
+        for name, label in METHODS.items():
+            found = results["rounds"]["methods"][name]
+            low, middle_, high = ([100 * value for value in found["curve"][key]] for key in ("q25", "median", "q75"))
+            number = np.arange(1, len(middle_) + 1)
+            for axes, x in zip(panels, (number, number * found["gradients_per_round"] / 1000), strict=True):
+                axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+                axes.plot(x, middle_, color=COLOURS[name], label=label, linewidth=1.4)
+        panels[0].set(xlabel="rounds", ylabel="test accuracy, %")
+        panels[1].set(xlabel="thousand minibatch gradients")
+        panels[0].legend(loc="lower right")
+        path = folder / "fedspeed_rounds.png"
+        figure.savefig(path)
+        plt.close(figure)
+    return [path]
+
+
+def save(section: str, result: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "fedspeed.json"
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[section] = result
+    path.write_text(json.dumps(everything, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+SECTIONS: dict[str, Callable[[bool], dict[str, Any]]] = {"rounds": rounds, "step": step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", nargs="?", default="all", choices=[*SECTIONS, "figure", "all"])
+    parser.add_argument("--quick", action="store_true", help="little of everything, into build/benchmarks")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = QUICK_RESULTS if arguments.quick else RESULTS
+    for name, measure in SECTIONS.items():
+        if arguments.section in (name, "all"):
+            started = time.monotonic()
+            result = measure(arguments.quick)
+            took = {"took_s": round(time.monotonic() - started), "cores": os.cpu_count()}
+            print(save(name, record(peers=("pytorch-optimizer", "scikit-learn"), **result, **took), folder))
+    if arguments.section in ("figure", "all"):
+        print(*draw(json.loads((folder / "fedspeed.json").read_text()), folder), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

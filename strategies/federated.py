@@ -1,7 +1,6 @@
 """Federated training: many clients, each with samples of its own, share one model round by round."""
 
 import copy
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from fulgurite.plugins.federated.average import ClientAverage
 from fulgurite.plugins.federated.deal import Deal
+from fulgurite.plugins.federated.loader import ClientLoader, batch_size_of
 from fulgurite.plugins.federated.quiet import quiet
 from fulgurite.plugins.federated.rounds import ClientBatchSampler, Turn
-from fulgurite.plugins.federated.states import ClientStates
+from fulgurite.plugins.federated.states import ClientStates, client_folder
 from fulgurite.plugins.optim.federated_optimizer import FederatedOptimizer
 from fulgurite.plugins.optim.fedspeed import check_pair
 from fulgurite.plugins.seeds import seed_all
@@ -215,10 +215,10 @@ class FederatedStrategy(ReplicaStrategy):
         trainer = self._module.trainer
         if not trainer.training:
             return dataloader
+        batch_size = batch_size_of(dataloader)
+        assert isinstance(dataloader, DataLoader)
         self._check_loader(dataloader)
         limit = trainer.limit_train_batches  # a count, also by `fast_dev_run`, or 1.0
-        assert isinstance(dataloader, DataLoader)
-        batch_size = dataloader.batch_size or dataloader.batch_sampler.batch_size  # type: ignore[union-attr]
         self._sampler = ClientBatchSampler(
             self._deal(dataloader.dataset),
             batch_size,
@@ -233,37 +233,21 @@ class FederatedStrategy(ReplicaStrategy):
         # Lightning calls this when an epoch begins. Its number of the epoch runs ahead in some resumed fits.
         self._sampler.sampler = SimpleNamespace(set_epoch=lambda epoch: self._plan_round())
         self._plan_round()
-        kept = (
-            *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor"),
-            *("multiprocessing_context", "persistent_workers", "generator"),
-        )
-        options = {name: getattr(dataloader, name) for name in kept}
-        return _ClientLoader(dataloader.dataset, batch_sampler=self._sampler, **options)
+        return ClientLoader(dataloader, self._sampler)
 
     def _plan_round(self) -> None:
         assert self._sampler is not None
         self._sampler.set_round(self._round)
         set_epoch_length(self._module.trainer, len(self._sampler))
 
-    def _check_loader(self, loader: object) -> None:
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            kind = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
-            raise MisconfigurationException(
-                f"the training data come as {kind}, of which no client can own samples by index: give a DataLoader"
-                " over a dataset with `__getitem__` and `__len__`"
-            )
-        if getattr(loader.batch_sampler, "batch_size", None) is None:
-            raise MisconfigurationException(
-                "the training DataLoader has no `batch_size`, and a client's batches are cut anew: give it one"
-            )
+    def _check_loader(self, loader: DataLoader[Any]) -> None:
         if self._loaded_for == self._round:
             raise MisconfigurationException(
                 "there is more than one training DataLoader, and clients own samples of one dataset: join the"
                 " datasets in a `torch.utils.data.ConcatDataset`"
             )
         self._loaded_for = self._round
-        sampler = loader.sampler
-        if type(sampler) not in (SequentialSampler, RandomSampler, DistributedSampler):
+        if type(loader.sampler) not in (SequentialSampler, RandomSampler, DistributedSampler):
             rank_zero_warn(
                 "the sampler of the training DataLoader is dropped: each client reads its own samples, shuffled in each"
                 " of its epochs"
@@ -380,6 +364,7 @@ class FederatedStrategy(ReplicaStrategy):
     def _close_round(self) -> None:
         sampler = self._sampler
         assert sampler is not None
+        self.refuse_unfrozen()
         weight = sum(map(self._weight, sampler.clients))
         changes, sums = self._average.close(weight, list(self._sums.values()))
         self._step_server(changes, weight / sum(map(self._weight, range(self.num_clients))))
@@ -485,7 +470,7 @@ class FederatedStrategy(ReplicaStrategy):
                 )
         self._round = state["round"]
         self._server.load_state_dict(state["server"])
-        self._states.load(_client_folder(self._restored_from), state["clients"])
+        self._states.load(client_folder(self._restored_from), state["clients"])
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -496,38 +481,15 @@ class FederatedStrategy(ReplicaStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes the clients' states beside the checkpoint, each from its owner, and then the checkpoint."""
         if "optimizer_states" in checkpoint and self._object_group is not None:
-            self._states.save(_client_folder(filepath))
-            self.barrier()  # a checkpoint that exists is whole
+            self._states.save(client_folder(filepath))
+            if self._states.touched:
+                self.barrier()  # a checkpoint that exists is whole
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         super().remove_checkpoint(filepath)
-        folder = _client_folder(filepath)
+        folder = client_folder(filepath)
         filesystem = get_filesystem(folder)
         if self.is_global_zero and filesystem.exists(folder):
             filesystem.rm(folder, recursive=True)
-
-
-class _ClientLoader(DataLoader[Any]):
-    """Resumes at the end of a round, where it has no more batches: else Lightning may train on one (seen in 2.6.6)."""
-
-    _exhausted = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the strategy knows the round
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._exhausted = True
-
-    @override
-    def __iter__(self) -> Any:
-        if self._exhausted:
-            self._exhausted = False
-            return iter(())
-        return super().__iter__()
-
-
-def _client_folder(checkpoint: str | Path) -> str:
-    path = os.fspath(checkpoint)
-    return (os.path.realpath(path) if os.path.islink(path) else path) + ".clients"  # last.ckpt may be a link

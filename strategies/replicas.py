@@ -89,6 +89,7 @@ class ReplicaStrategy(DDPStrategy):
         self._stop_requested = False
         self._in_training_step = False
         self._own: frozenset[str] = frozenset()  # names of what a worker has of its own, fixed when the fit starts
+        self._trained: set[int] = set()  # ids of the parameters that were trainable when the fit started
         self._local: dict[str, Tensor] | None = None  # this worker's values, while the module shows the shared ones
 
     # ---- what a subclass defines -------------------------------------------------------------------------------------
@@ -149,6 +150,12 @@ class ReplicaStrategy(DDPStrategy):
         return group
 
     def _make_groups(self) -> None:
+        if dist.get_world_size() != self.world_size:
+            raise MisconfigurationException(
+                f"the fit is to have {self.world_size} processes, but an earlier one in this script has left a group"
+                f" of {dist.get_world_size()}: give each a script of its own, or a `start_method` that"
+                " forks or spawns"
+            )
         atexit.register(_leave)
         size = self.worker_size
         self._worker_group = None
@@ -176,6 +183,7 @@ class ReplicaStrategy(DDPStrategy):
             self._restore_sigterm = detach_sigterm(trainer, self._request_stop)
         super().setup(trainer)
         if fitting:
+            self._trained = {id(parameter) for parameter in self._module.parameters() if parameter.requires_grad}
             self.start(trainer)
 
     def _check_trainer(self, trainer: Trainer) -> None:
@@ -235,6 +243,15 @@ class ReplicaStrategy(DDPStrategy):
             raise MisconfigurationException(
                 f"the module has no trainable parameter: {name} would exchange nothing; unfreeze some, or use DDP"
             )
+
+    def refuse_unfrozen(self) -> None:
+        """For a rule to call before an exchange: what has become trainable since the start has no part in it."""
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in self._trained:
+                raise MisconfigurationException(
+                    f"parameter `{name}` was unfrozen or replaced during the fit and is not exchanged, so the workers'"
+                    " values would part: do so before the fit, or start a new fit from a checkpoint"
+                )
 
     @property
     def _module(self) -> LightningModule:

@@ -247,7 +247,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
             self._receive(*entry)
 
     def _send(self, index: int) -> None:
-        self._refuse_unfrozen()
+        self.refuse_unfrozen()
         pending = Pending(
             fragment=index,
             due=[self._step + overlap for overlap in self._overlaps],
@@ -255,15 +255,6 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
             flight=self._fragments[index].launch(self._generator(index)),
         )
         self._pending.append((pending, self.ask_to_stop()))
-
-    def _refuse_unfrozen(self) -> None:
-        known = {id(tensor) for fragment in self._fragments for tensor in fragment.local}
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad and id(parameter) not in known:
-                raise MisconfigurationException(
-                    f"parameter `{name}` was unfrozen or replaced during the fit and belongs to no fragment, so the"
-                    " workers' values would part: do so before the fit, or start a new fit from a checkpoint"
-                )
 
     def _generator(self, index: int) -> torch.Generator | None:
         if self.rounding == "nearest":

@@ -14,6 +14,12 @@ _ALIGNMENT = 16  # bytes: a view of another type must start at a multiple of its
 Layout = list[tuple[torch.Size, torch.dtype]]
 
 
+def client_folder(checkpoint: str | Path) -> str:
+    """Where the states that belong to a checkpoint are; ``last.ckpt`` may be a link to it."""
+    path = os.fspath(checkpoint)
+    return (os.path.realpath(path) if os.path.islink(path) else path) + ".clients"
+
+
 class ClientStates:
     """Holds each client's tensors at its owner, rank ``client % world_size``, and lends them to who trains it.
 

@@ -613,6 +613,28 @@ def test_refused_before_the_first_batch(
         quiet_trainer(tmp_path, FederatedStrategy(**{"partition": PARTS, **strategy}), **trainer).fit(module)
 
 
+def test_unfreezing_within_a_fit_is_refused(tmp_path: Path) -> None:
+    class Thaws(Clients):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.requires_grad_(False)
+
+        def on_train_epoch_start(self) -> None:
+            self.head.requires_grad_(self.current_epoch > 0)
+
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` was unfrozen or replaced during the fit"):
+        quiet_trainer(tmp_path, alone(), max_epochs=2).fit(Thaws())
+
+
+def test_worker_processes_load_the_same(tmp_path: Path) -> None:
+    def loaded(num_workers: int) -> Any:
+        module = with_loader(lambda: rows(num_workers=num_workers, persistent_workers=num_workers > 0))
+        quiet_trainer(tmp_path, alone(clients_per_round=2), max_epochs=3).fit(module)
+        return dict(module.named_parameters())
+
+    assert_same(loaded(1), loaded(0))
+
+
 @pytest.mark.parametrize("kind", ["dirichlet", "pathological"])
 def test_labels_that_are_not_found(kind: str, tmp_path: Path) -> None:
     strategy = FederatedStrategy(kind, num_clients=3, label_key=5)

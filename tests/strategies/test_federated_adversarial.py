@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim import SGD
@@ -21,7 +22,7 @@ from fulgurite.plugins.optim import FedSpeed, FedSpeedServer
 from fulgurite.strategies import FederatedAdversarialStrategy, FederatedStrategy
 from tests.strategies.test_federated import Stochastic, Watch, quiet_trainer, slow_sgd, whole_batches
 from tests.suites.fits import assert_same
-from tests.suites.models import WIDTH, Compiled, dataset
+from tests.suites.models import WIDTH, Compiled, Regressor, dataset
 
 EPS = 0.2
 
@@ -237,6 +238,43 @@ def test_compiled_parts_are_attacked(tmp_path: Path) -> None:
     given = adversarial(num_clients=4, partition="iid", attack=PGD(eps=0.1, steps=2, clip=None), local_steps=2)
     quiet_trainer(tmp_path, given).fit(Compiled())
     assert given.stats["fal/attack_gain"] > 0
+
+
+YAML = """
+trainer:
+  strategy:
+    class_path: fulgurite.strategies.FederatedAdversarialStrategy
+    init_args:
+      partition: dirichlet
+      num_clients: 4
+      clients_per_round: 0.5
+      label_key: 2
+      attack: {eps: 0.05, steps: 2, norm: l2, clip: null}
+      server_optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.5, momentum: 0.9}}
+"""
+
+
+def test_is_built_from_yaml(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(YAML)
+    quiet = {"logger": False, "enable_checkpointing": False, "max_epochs": 1, "accelerator": "cpu", "devices": 1}
+    cli = LightningCLI(
+        Labelled,
+        trainer_defaults=quiet,
+        save_config_callback=None,
+        args=["fit", "--config", str(config)],
+    )
+    strategy = cli.trainer.strategy
+    assert isinstance(strategy, FederatedAdversarialStrategy)
+    assert strategy.attack == PGD(eps=0.05, steps=2, norm="l2", clip=None)
+    assert strategy.stats["fed/clients"] == 2
+    assert strategy._server.param_groups[0]["momentum"] == 0.9
+
+
+class Labelled(Regressor):
+    def train_dataloader(self) -> DataLoader[Any]:
+        inputs, targets = dataset(64, seed=0).tensors
+        return DataLoader(TensorDataset(inputs, targets, (targets > 0).long().flatten()), batch_size=4)
 
 
 class Embeds(Logistic):

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from packaging.version import Version
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -259,6 +259,15 @@ def test_nothing_to_train(tmp_path: Path) -> None:
             self.requires_grad_(False)
 
     assert_refused(tmp_path, "no trainable parameter", Frozen())
+
+
+def test_a_group_that_an_earlier_fit_has_left(tmp_path: Path) -> None:
+    fit(tmp_path, make(), StreamingDiLoCoStrategy(sync_every=5), devices=1)
+    second = StreamingDiLoCoStrategy(sync_every=5)
+    second.cluster_environment = LightningEnvironment()
+    second.cluster_environment.set_world_size(2)
+    with pytest.raises(MisconfigurationException, match=r"to have 2 processes, but an earlier one .* a group of 1"):
+        second._make_groups()
 
 
 # ---- SIGTERM ---------------------------------------------------------------------------------------------------------
