@@ -1,14 +1,13 @@
 """What the federated benchmark measures: models, data, and fits, each in a process of its own."""
 
 import logging
-import os
 import signal
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -63,7 +62,7 @@ def _begin() -> None:
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with rectifiers between them, He normal."""
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     for layer in layers[::2]:
         nn.init.kaiming_normal_(layer.weight)
@@ -79,6 +78,26 @@ def convolutions() -> nn.Sequential:
         *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 10)),
     )
+
+
+def paper_cnn() -> nn.Sequential:
+    """FedAvg's (arXiv 1602.05629) for images of 1 x 28 x 28; 1 663 370 weights."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10)),
+    )
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # and the shape of an input
+    "million": (partial(mlp, *MILLION), (64,)),
+    "small": (partial(mlp, *SMALL), (64,)),
+    "cnn": (paper_cnn, (1, 28, 28)),
+}
+
+
+def weights_of(net: str) -> int:
+    return sum(parameter.numel() for parameter in NETS[net][0]().parameters())
 
 
 class Classifier(LightningModule):
@@ -192,7 +211,7 @@ class HandLoop:
         return [(len(self.sampler.parts[client]), parts) for client, parts in batches.items()]
 
     def _train(self, clients: list[tuple[int, list[list[int]]]]) -> None:
-        x, y, weights = self.data.x, self.data.y, [weight for weight in self.net.parameters()]
+        x, y, weights = self.data.x, self.data.y, list(self.net.parameters())
         before = [weight.detach().clone() for weight in weights]
         total = [torch.zeros_like(weight) for weight in before]
         for samples, batches in clients:
@@ -213,18 +232,19 @@ def restore(weights: list[Tensor], values: list[Tensor]) -> None:
         weight.copy_(value)
 
 
-def beside_hand_loop(widths: tuple[int, ...], rounds: int, batch_size: int, federated: bool) -> dict[str, Any]:
+def beside_hand_loop(net: str, rounds: int, batch_size: int, federated: bool) -> dict[str, Any]:
     """Rounds of a fit in turn with rounds of the hand loop; by FederatedStrategy, or as many steps of Lightning alone.
 
     Returns:
         Seconds of each round but the first, and how far the two models end from each other.
     """
     clients, sampled, steps, lr = 100, 10, 10, 0.1
-    data = noise(clients * steps * batch_size, widths[0])
+    make, shape = NETS[net]
+    data = noise(clients * steps * batch_size, *shape)
     nets = []
     for _ in range(2):
         seed_everything(0, verbose=False)
-        nets.append(mlp(*widths))
+        nets.append(make())
     hand = HandLoop(nets[1], data, batch_size, clients, sampled, lr)
     meter = Rounds(between=hand)
     strategy: Strategy = SingleDeviceStrategy("cpu")
@@ -364,7 +384,9 @@ class Curve(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.points.append({name: float(trainer.callback_metrics[f"fal/{name}_acc"]) for name in ("clean", "robust")})
+            self.points.append(
+                {name: float(trainer.callback_metrics[f"fal/{name}_acc"]) for name in ("clean", "robust")}
+            )
 
 
 def robust_fit(method: str, seed: int, rounds: int) -> list[dict[str, float]]:
@@ -410,6 +432,7 @@ def memory_of_fit(clients: int, rounds: int, duals: bool, folder: str | None) ->
         duals: train by FedSpeed, whose clients remember a tensor for each parameter.
         folder: for the clients' duals; None keeps them in memory.
     """
+    beside_hand_loop("small", rounds=1, batch_size=1, federated=True)  # loads what a first fit loads
     data = noise(20_000, MILLION[0])
     seed_everything(0, verbose=False)
     federation: dict[str, Any] = {"num_clients": clients, "clients_per_round": 10, "local_steps": 2}

@@ -1,4 +1,4 @@
-"""What benchmarks of several sections share: ratios within a repetition, a peer's environment, and one file of parts."""
+"""What benchmarks of several sections share: ratios within a repetition, a peer's environment, a file of parts."""
 
 import argparse
 import json
@@ -52,8 +52,8 @@ def save(name: str, section: str, result: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def python_with(package: str, folder: Path) -> str:
-    """A new environment in ``folder`` that sees this one's packages and has ``package`` besides.
+def python_with(folder: Path, *packages: str) -> str:
+    """A new environment in ``folder`` that sees this one's packages and has ``packages`` besides.
 
     Raises:
         CalledProcessError: pip could not install it.
@@ -63,12 +63,14 @@ def python_with(package: str, folder: Path) -> str:
     site = Path(sysconfig.get_path("purelib", vars=paths))
     (site / "zz_parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     python = str(folder / "env" / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--quiet", package]
+    install = [python, "-m", "pip", "install", "--quiet", *packages]
     subprocess.run(install, check=True, capture_output=True, text=True, timeout=900)
     return python
 
 
-def main(name: str, doc: str | None, sections: dict[str, Section], draw: Callable[[dict[str, Any], Path], list[Path]]) -> None:
+def main(
+    name: str, doc: str | None, sections: dict[str, Section], draw: Callable[[dict[str, Any], Path], list[Path]]
+) -> None:
     """The command line: measures the sections that are asked for, then draws."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="?", default="all", choices=[*sections, "figure", "all"])

@@ -204,7 +204,7 @@ def line(axes: Axes, run: Run, metric: str, colour: str, **style: Any) -> None:
 def against_rounds(axes: Axes, title: str, **settings: Any) -> None:
     axes.set(xlabel="rounds", xlim=(0, None), **settings)
     axes.set_title(title, fontsize="medium", loc="left")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e5e7eb", linewidth=0.6)
 

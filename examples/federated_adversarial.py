@@ -138,7 +138,7 @@ def draw(runs: list[Run], counts: "np.ndarray[Any, Any]") -> Figure:
         line(drift, run, "fed/drift", COLOURS[run.name], linewidth=1)
     against_rounds(robust, "Accuracy under attack", ylim=(0, 1), ylabel="share of held-out digits read rightly")
     against_rounds(clean, "Accuracy without an attack")
-    against_rounds(drift, "How far the clients of a round end from their mean", ylim=(0, None), ylabel="fed/drift")
+    against_rounds(drift, "How far clients end from their mean", ylim=(0, None), ylabel="fed/drift")
     robust.legend(frameon=False, loc="lower right")
     histogram(dealt, counts)
     return figure

@@ -145,9 +145,9 @@ def draw(runs: list[Run]) -> Figure:
     for run in runs:
         for axes, metric in ((accuracy, "val/acc"), (drift, "fed/drift"), (residual, "fedspeed/dual_residual")):
             line(axes, run, metric, COLOURS[run.name])
-    against_rounds(accuracy, "Held-out accuracy", ylim=(0.5, 1))
-    against_rounds(drift, "fed/drift", ylim=(0, None))
-    against_rounds(residual, "fedspeed/dual_residual", ylim=(0, None))
+    against_rounds(accuracy, "Accuracy", ylim=(0.5, 1), ylabel="share of held-out digits read rightly")
+    against_rounds(drift, "How far clients end\nfrom their mean", ylim=(0, None), ylabel="fed/drift")
+    against_rounds(residual, "Norm of the clients'\nmean dual", ylim=(0, None), ylabel="fedspeed/dual_residual")
     accuracy.legend(frameon=False, loc="lower right")
     return figure
 

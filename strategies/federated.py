@@ -123,6 +123,7 @@ class FederatedStrategy(ReplicaStrategy):
         self._is_last_batch = False
         self._told_to_stop = False
         self._sampler: ClientBatchSampler | None = None
+        self._given: tuple[int, dict[int, list[Tensor]]] | None = None  # by an engine that keeps round and states
 
     def _validate(self) -> None:
         """Ranges of the arguments; what depends on the data is checked when they are loaded."""
@@ -145,6 +146,22 @@ class FederatedStrategy(ReplicaStrategy):
         """Clients in a round (S)."""
         share = self.clients_per_round
         return max(1, round(share * self.num_clients)) if isinstance(share, float) else share
+
+    # ---- under another engine ----------------------------------------------------------------------------------------
+
+    def continue_from(self, round: int, states: Mapping[int, list[Tensor]]) -> None:
+        """Lets fits begin at a round, for an engine that starts one for each round, such as a Flower node.
+
+        Args:
+            round: its number, from 0, on which order and random numbers depend.
+            states: by client, what ``client_states`` gave after an earlier round; the same on all processes. A client
+                that is not in it has no state yet.
+        """
+        self._given = round, dict(states)
+
+    def client_states(self) -> dict[int, list[Tensor]]:
+        """After a fit, what the clients of this process remember; nothing without a ``FederatedOptimizer``."""
+        return dict(self._states.owned())
 
     # ---- setup -------------------------------------------------------------------------------------------------------
 
@@ -193,12 +210,26 @@ class FederatedStrategy(ReplicaStrategy):
         )
         self._round, self._loaded_for = 0, None
         self._sampler, self._round_open, self._turn, self.stats = None, False, None, {}
+        if self._given is not None:
+            self._round, states = self._given
+            self._take_over(states)
+
+    def _take_over(self, states: dict[int, list[Tensor]]) -> None:
+        for client, tensors in states.items():
+            self._states[client] = tensors
+        ranks = range(self.world_size)
+        self._states.give_back([[client for client in states if self._states.owner(client) == rank] for rank in ranks])
 
     @property
     def _client(self) -> Optimizer:
         return self.optimizers[0]
 
     def _check_schedulers(self) -> None:
+        if self._given is not None and self.lr_scheduler_configs:
+            raise MisconfigurationException(
+                "`configure_optimizers` has a learning rate scheduler, and each round is a fit of its own here, in"
+                " which the scheduler would begin anew: return the optimizer alone"
+            )
         for config in self.lr_scheduler_configs:
             if config.interval == "step":
                 raise MisconfigurationException(

@@ -13,9 +13,12 @@ import pytest
 os.environ.update(MPLBACKEND="Agg", OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true")
 
 import torch
+from hypothesis import settings
 from lightning.pytorch.utilities import rank_zero_only
 
 torch.set_num_threads(1)
+settings.register_profile("shared machine", deadline=None)  # an example may take long
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True)

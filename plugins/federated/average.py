@@ -79,10 +79,8 @@ class ClientAverage:
         """
         tail = self._flat.new_tensor([*scalars])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            message = torch.cat([self._flat, tail])
-            dist.all_reduce(message)
-            self._flat.copy_(message[: len(self._flat)])
-            tail = message[len(self._flat) :]
+            dist.all_reduce(self._flat)
+            dist.all_reduce(tail)
             for highest in self._highest:
                 dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         self._flat /= total_weight
