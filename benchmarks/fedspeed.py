@@ -7,11 +7,7 @@ validation split, and then trains with fresh seeds (half an hour). ``step`` time
 turn. Each replaces its part of ``results/fedspeed.json``; ``--quick`` does little of it, into ``build/benchmarks``.
 """
 
-import argparse
-import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _plots import PAGE, mpl
-from _record import RESULTS, record, spread
+from _record import spread
+from _sections import main, target
 from numpy.typing import NDArray
 from pytorch_optimizer import SAM
 from sklearn.datasets import load_digits
@@ -40,8 +37,6 @@ from fulgurite.plugins.federated import dirichlet_partition
 from fulgurite.plugins.federated.average import ClientAverage
 from fulgurite.plugins.federated.rounds import ClientBatchSampler
 from fulgurite.plugins.optim import FedSpeed, FedSpeedServer
-
-QUICK_RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
 
 # ---- a federation ----------------------------------------------------------------------------------------------------
 
@@ -244,7 +239,6 @@ def fit(name: str, setting: dict[str, float], seed: int, rounds: int, data: Fede
         average.open()
         for turn, batch in zip(sampler.turns, sampler, strict=True):
             if turn.step == 0:
-                average.reset()
                 client.state.clear()
                 client.begin_round(states.get(turn.client))
             inputs, targets = data.inputs[batch], data.targets[batch]
@@ -310,6 +304,13 @@ RULE = (
     " only 1797 digits: what a fresh seed tests on, a tuning seed may have trained or validated on, for all alike."
 )
 
+SECOND_LOOK = (
+    "The same with settings picked for speed: the fewest rounds to 95 % in validation, median of the tuning seeds, the"
+    " higher accuracy among equals. Added after the results above were known, because accuracy hardly tells some"
+    " settings apart that differ in rounds: SCAFFOLD's best three are within 0.0002 and take 49 to 74 rounds. A method"
+    " whose choice is the same has the same fits."
+)
+
 Fits = dict[str, list[Fit]]  # method -> a fit of each seed
 
 
@@ -318,10 +319,10 @@ def rounds(quick: bool) -> dict[str, Any]:
     number, tuning_seeds, seeds = (12, [0], [100, 101]) if quick else (ROUNDS, TUNING_SEEDS, SEEDS)
     grids = {name: grid[3:5] if quick else grid for name, grid in GRIDS.items()}
     tuning = tune(grids, tuning_seeds, number)
-    jobs = [Job(name, tuning[name]["chosen"], seed, number) for seed in seeds for name in METHODS]
-    fits: Fits = {name: [] for name in METHODS}
-    for job, one in zip(jobs, fit_all(jobs), strict=True):
-        fits[job.method].append(one)
+    chosen, fastest = ({name: tuning[name][key] for name in METHODS} for key in ("chosen", "fastest"))
+    fits = fit_seeds(chosen, seeds, number)
+    others = {name: setting for name, setting in fastest.items() if setting != chosen[name]}
+    fast_fits = fits | fit_seeds(others, seeds, number)
     setting = {
         "clients": CLIENTS,
         "clients_per_round": ACTIVE,
@@ -336,7 +337,21 @@ def rounds(quick: bool) -> dict[str, Any]:
         "seeds": seeds,
         "rule": RULE,
     }
-    return {"setting": setting, "tuning": tuning, **rounds_results(fits)}
+    return {
+        "setting": setting,
+        "tuning": tuning,
+        **rounds_results(fits),
+        "picked_for_speed": {"rule": SECOND_LOOK, "settings": fastest, **rounds_results(fast_fits)},
+    }
+
+
+def fit_seeds(settings: dict[str, dict[str, float]], seeds: list[int], number: int) -> Fits:
+    """Seed by seed, and of each seed all methods."""
+    jobs = [Job(name, setting, seed, number) for seed in seeds for name, setting in settings.items()]
+    fits: Fits = {name: [] for name in settings}
+    for job, one in zip(jobs, fit_all(jobs), strict=True):
+        fits[job.method].append(one)
+    return fits
 
 
 def tune(grids: dict[str, list[dict[str, float]]], seeds: list[int], number: int) -> dict[str, Any]:
@@ -351,9 +366,20 @@ def tune(grids: dict[str, list[dict[str, float]]], seeds: list[int], number: int
     found = {}
     for name, grid in grids.items():
         tried = [{"setting": setting, **tuning_results([next(fits) for _ in seeds])} for setting in grid]
-        best = max(tried, key=lambda entry: entry["validation_accuracy"])
-        found[name] = {"chosen": best["setting"], "tried": tried}
+        found[name] = {
+            "chosen": max(tried, key=most_accurate)["setting"],
+            "fastest": min(tried, key=slowness)["setting"],
+        }
+        found[name]["tried"] = tried
     return found
+
+
+def most_accurate(entry: dict[str, Any]) -> float:
+    return float(entry["validation_accuracy"])
+
+
+def slowness(entry: dict[str, Any]) -> tuple[float, float]:
+    return infinite([entry["rounds_to_95"]])[0], -most_accurate(entry)
 
 
 def tuning_results(measured: list[Fit]) -> dict[str, Any]:
@@ -437,11 +463,12 @@ def rounds_results(fits: Fits) -> dict[str, Any]:
     ours, theirs = (methods[name]["rounds_to_95"]["median"] for name in ("fedspeed", "fedavg"))
     # Where FedAvg does not get there it would take more rounds than there were: the ratio is at most this.
     share = None if ours is None else ours / (theirs or len(fits["fedavg"][0].accuracy))
-    target = {"measured": share, "met": share is not None and share <= 0.5}
     return {
         "methods": methods,
         "fedspeed_against": versus,
-        "targets": {"median_rounds_to_95_at_most_half_of_fedavg": target},
+        "targets": {
+            "median_rounds_to_95_at_most_half_of_fedavg": target(share, share is not None and share <= 0.5),
+        },
     }
 
 
@@ -596,10 +623,7 @@ def step(quick: bool) -> dict[str, Any]:
         "setting": {"batch_size": STEP_BATCH, "note": STEP_NOTE},
         "two_passes": two_passes,
         "one_pass": one_pass,
-        "targets": {
-            name: {"measured": found["median"], "met": found["median"] <= limit}
-            for name, (found, limit) in limits.items()
-        },
+        "targets": {name: target(found["median"], found["median"] <= limit) for name, (found, limit) in limits.items()},
     }
 
 
@@ -670,34 +694,5 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     return [path]
 
 
-def save(section: str, result: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "fedspeed.json"
-    everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[section] = result
-    path.write_text(json.dumps(everything, indent=2, allow_nan=False) + "\n")
-    return path
-
-
-SECTIONS: dict[str, Callable[[bool], dict[str, Any]]] = {"rounds": rounds, "step": step}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="?", default="all", choices=[*SECTIONS, "figure", "all"])
-    parser.add_argument("--quick", action="store_true", help="little of everything, into build/benchmarks")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    folder = QUICK_RESULTS if arguments.quick else RESULTS
-    for name, measure in SECTIONS.items():
-        if arguments.section in (name, "all"):
-            started = time.monotonic()
-            result = measure(arguments.quick)
-            took = {"took_s": round(time.monotonic() - started), "cores": os.cpu_count()}
-            print(save(name, record(peers=("pytorch-optimizer", "scikit-learn"), **result, **took), folder))
-    if arguments.section in ("figure", "all"):
-        print(*draw(json.loads((folder / "fedspeed.json").read_text()), folder), sep="\n")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main("fedspeed", __doc__, {"rounds": rounds, "step": step}, draw)

@@ -314,7 +314,6 @@ class FederatedStrategy(ReplicaStrategy):
             self._states.borrow(sampler.plan)
 
     def _open_client(self, client: int) -> None:
-        self._average.reset()
         self._reset_client_optimizer()
         if isinstance(self._client, FederatedOptimizer):
             self._client.begin_round(self._states[client])

@@ -50,25 +50,25 @@ class ClientAverage:
         self._highest = [self.anchor[index].clone() for index in self._counts]
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Puts the values of the start back."""
-        torch._foreach_copy_(self.tensors, self.anchor)
-
-    @torch.no_grad()
     def add(self, weight: float) -> float:
-        """Adds the present values as a client's model; returns the squared norm of its parameters' change."""
-        tensors, anchor = self.tensors, self.anchor
-        changes = torch._foreach_sub([tensors[i] for i in self._floating], [anchor[i] for i in self._floating])
+        """Adds the present values as a client's model, and puts those of the start back.
+
+        Returns:
+            The squared norm of what the client has changed in the parameters.
+        """
+        for highest, index in zip(self._highest, self._counts, strict=True):
+            torch.maximum(highest, self.tensors[index], out=highest)
+        changes = [self.tensors[index] for index in self._floating]  # in place: fresh memory costs more than arithmetic
+        torch._foreach_sub_(changes, [self.anchor[index] for index in self._floating])
         for total, change in zip(self._sums, changes, strict=True):
             total.add_(change, alpha=weight)
-        for highest, index in zip(self._highest, self._counts, strict=True):
-            torch.maximum(highest, tensors[index], out=highest)
-        norms = torch._foreach_norm(changes[: len(self.parameters)], dtype=torch.float64)
-        return float(torch.stack(norms).square().sum())
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(changes[: len(self.parameters)])])
+        torch._foreach_copy_(self.tensors, self.anchor)
+        return float(norms.square().sum())
 
     @torch.no_grad()
     def close(self, total_weight: float, scalars: Sequence[float] = ()) -> tuple[list[Tensor], list[float]]:
-        """Averages over all processes. The tensors get their values of the start, and buffers then their average.
+        """Averages over all processes; buffers get their average.
 
         Args:
             total_weight: of all clients on all processes.
@@ -84,7 +84,6 @@ class ClientAverage:
             for highest in self._highest:
                 dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         self._flat /= total_weight
-        self.reset()
         number = len(self.parameters)
         for index, change in zip(self._floating[number:], self._sums[number:], strict=True):
             self.tensors[index].copy_(self.anchor[index] + change)

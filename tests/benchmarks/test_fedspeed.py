@@ -32,7 +32,7 @@ def _load(name: str, file: str) -> ModuleType:  # a folder of scripts, which fin
     return sys.modules[name]
 
 
-for helper in ("_record", "_plots"):
+for helper in ("_record", "_sections", "_plots"):
     _load(helper, helper)
 bench = _load("bench_fedspeed", "fedspeed")
 
@@ -150,13 +150,6 @@ def test_methods_are_compared_on_the_same_seeds(tmp_path: Path) -> None:
     assert bench.draw({}, tmp_path) == []
     (figure,) = bench.draw({"rounds": found}, tmp_path)
     assert figure.stat().st_size > 10_000
-
-
-def test_a_section_replaces_its_part_alone(tmp_path: Path) -> None:
-    bench.save("step", {"a": 1}, tmp_path)
-    bench.save("rounds", {"b": 2}, tmp_path)
-    path = bench.save("step", {"c": 3}, tmp_path)
-    assert bench.json.loads(path.read_text()) == {"step": {"c": 3}, "rounds": {"b": 2}}
 
 
 def test_what_is_timed_against_takes_the_same_steps() -> None:

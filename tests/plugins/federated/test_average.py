@@ -22,7 +22,6 @@ def average_of(clients: list[int], total: float, dtype: torch.dtype) -> dict[str
     average.open()
     norms = 0.0
     for client in clients:
-        average.reset()
         for tensor, value in zip(tensors, client_values(client, dtype), strict=True):
             tensor.copy_(value)
         norms += average.add(client + 1)
@@ -58,7 +57,6 @@ def test_counts_take_the_largest() -> None:
     average = ClientAverage([weight], [count])
     average.open()
     for seen in (3, 7, 5):
-        average.reset()
         count += seen
         average.add(1.0)
     average.close(3.0)
