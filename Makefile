@@ -26,6 +26,8 @@ docs: links
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/e3m0.py
 	$(BIN)/python benchmarks/streaming_diloco.py
+	$(BIN)/python benchmarks/federated.py
+	$(BIN)/python benchmarks/fedspeed.py
 	$(BIN)/python benchmarks/refresh.py
 clean:
 	rm -rf build $(VENV)
