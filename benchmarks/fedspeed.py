@@ -685,7 +685,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
             for axes, x in zip(panels, (number, number * found["gradients_per_round"] / 1000), strict=True):
                 axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
                 axes.plot(x, line, color=COLOURS[name], label=label, linewidth=1.4)
-        panels[0].set(xlabel="rounds", ylabel="test accuracy, %")
+        panels[0].set(xlabel="rounds", ylabel="test accuracy, %", ylim=(80, 99))
         panels[1].set(xlabel="thousand minibatch gradients")
         panels[0].legend(loc="lower right")
         path = folder / "fedspeed_rounds.png"
