@@ -233,9 +233,9 @@ class FederatedStrategy(ReplicaStrategy):
         for config in self.lr_scheduler_configs:
             if config.interval == "step":
                 raise MisconfigurationException(
-                    "`configure_optimizers` has a scheduler with `interval='step'`, and the clients of a round, which"
-                    " run one after another, would have different learning rates: use `interval='epoch'`, an epoch"
-                    " being a round"
+                    "a scheduler, or the learning rate finder, changes the rate with `interval='step'`, and the clients of"
+                    " a round, which run one after another, would have different ones: use `interval='epoch'`, an epoch"
+                    " being a round, and try rates in short fits"
                 )
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -246,6 +246,7 @@ class FederatedStrategy(ReplicaStrategy):
         trainer = self._module.trainer
         if not trainer.training:
             return dataloader
+        self._check_schedulers()  # again: the learning rate finder has put its own in place
         batch_size = batch_size_of(dataloader)
         assert isinstance(dataloader, DataLoader)
         self._check_loader(dataloader)

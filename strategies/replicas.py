@@ -211,7 +211,7 @@ class ReplicaStrategy(DDPStrategy):
         if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             rank_zero_warn(
                 "`max_time` (the Timer callback) asks rank 0 before each batch, over the slow link, and so keeps the"
-                " workers in lockstep: use `max_steps` or `max_epochs`"
+                " workers in lockstep: use `max_epochs` or `max_steps`"
             )
         if isinstance(self.cluster_environment, SLURMEnvironment) and self.cluster_environment.auto_requeue:
             rank_zero_warn(

@@ -62,7 +62,7 @@ class ClientAverage:
         torch._foreach_sub_(changes, [self.anchor[index] for index in self._floating])
         for total, change in zip(self._sums, changes, strict=True):
             total.add_(change, alpha=weight)
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm(changes[: len(self.parameters)])])
+        norms = torch.stack(torch._foreach_norm(changes[: len(self.parameters)], dtype=torch.float64))
         torch._foreach_copy_(self.tensors, self.anchor)
         return float(norms.square().sum())
 

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import SGD, Optimizer
@@ -624,6 +625,13 @@ def test_unfreezing_within_a_fit_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match=r"`head.weight` was unfrozen or replaced during the fit"):
         quiet_trainer(tmp_path, alone(), max_epochs=2).fit(Thaws())
+
+
+def test_the_learning_rate_finder_is_refused(tmp_path: Path) -> None:
+    module = with_optimizers(lambda parameters: SGD(parameters, lr=module.lr))
+    module.lr = 0.01
+    with pytest.raises(MisconfigurationException, match="the learning rate finder, changes the rate"):
+        Tuner(quiet_trainer(tmp_path, alone())).lr_find(module, num_training=12)
 
 
 def test_worker_processes_load_the_same(tmp_path: Path) -> None:
