@@ -233,9 +233,9 @@ class FederatedStrategy(ReplicaStrategy):
         for config in self.lr_scheduler_configs:
             if config.interval == "step":
                 raise MisconfigurationException(
-                    "a scheduler, or the learning rate finder, changes the rate with `interval='step'`, and the clients"
-                    " of a round, which run one after another, would have different ones: use `interval='epoch'`, an epoch"
-                    " being a round, and try rates in short fits"
+                    "a scheduler, or the learning rate finder, changes the rate with `interval='step'`, and the"
+                    " clients of a round, which run one after another, would have different ones: use"
+                    " `interval='epoch'`, an epoch being a round, and try rates in short fits"
                 )
 
     # ---- data --------------------------------------------------------------------------------------------------------

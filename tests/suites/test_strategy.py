@@ -81,7 +81,7 @@ FEDERATED: dict[str, Any] = {
     "refuses": {
         "accumulate_grad_batches": "would straddle two clients",
         "val_check_interval": "use `check_val_every_n_epoch`",
-        "Scheduled": "use `interval='epoch'`",
+        "Scheduled": "an epoch being a round",
         "Manual": "let Lightning step the optimizer",
     },
 }
