@@ -71,9 +71,10 @@ class PGD:
         clean = x.detach()
         step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         adversarial = self._clip(clean + self._draw(clean, generator)) if self.random_start else clean
+        confine = self._confine(clean)
         for _ in range(self.steps):
-            step = step_size * self._direction(_gradient(loss_fn, adversarial))
-            adversarial = self._clip(clean + self._project(adversarial + step - clean))
+            direction = self._direction(_gradient(loss_fn, adversarial))
+            adversarial = confine(adversarial.add(direction, alpha=step_size))
         return adversarial
 
     def _check_input(self, x: Tensor) -> None:
@@ -108,10 +109,17 @@ class PGD:
             return gradient.sign()
         return (gradient / _lengths(gradient)).to(gradient.dtype)
 
-    def _project(self, delta: Tensor) -> Tensor:
+    def _confine(self, clean: Tensor) -> Callable[[Tensor], Tensor]:
+        """Into the ball, and then between the bounds; for ``"linf"`` both are boxes, and one pass does."""
         if self.norm == "linf":
-            return delta.clamp(-self.eps, self.eps)
-        return (delta * (self.eps / _lengths(delta)).clamp(max=1)).to(delta.dtype)
+            lowest, highest = self._clip(clean - self.eps), self._clip(clean + self.eps)
+            return lambda x: x.clamp(lowest, highest)
+
+        def confine(x: Tensor) -> Tensor:
+            delta = x - clean
+            return self._clip(clean + (delta * (self.eps / _lengths(delta)).clamp(max=1)).to(delta.dtype))
+
+        return confine
 
 
 def _lengths(x: Tensor) -> Tensor:
