@@ -136,6 +136,7 @@ class record_loss(TorchFunctionMode):  # noqa: N801, RUF100  reads as a verb: `w
             raise ValueError(f"`outputs` is 'loss_input', a submodule or None, got {outputs!r}")
         self._watched, self._double_backward = outputs, double_backward
         self._root: Tensor | None = None
+        self._params: list[nn.Parameter] = []
         self._outputs: list[Tensor] = []
         self._calls: list[LossCall] = []
         self._logits: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of what log_softmax made of them
@@ -184,7 +185,8 @@ class record_loss(TorchFunctionMode):  # noqa: N801, RUF100  reads as a verb: `w
         if root is None:
             raise RuntimeError("no `backward` ran within `record_loss`: call `loss.backward()` inside the closure")
         outputs = list({id(output): output for output in outputs if output.requires_grad}.values())
-        self.graph = LossGraph(root, outputs, _parameters(root), calls)
+        self.graph = LossGraph(root, outputs, self._params, calls)
+        self._params = []
 
     def finish(self, loss: Tensor) -> None:
         """Takes ``loss`` as the root where no ``backward`` runs; within the block."""
@@ -198,6 +200,7 @@ class record_loss(TorchFunctionMode):  # noqa: N801, RUF100  reads as a verb: `w
                 "`backward` ran twice within one `record_loss`: record each loss on its own, or their sum"
             )
         self._root = loss.reshape(())
+        self._params = _parameters(self._root)  # before a backward, in which a compiled graph fails in other words
 
     def _backward(self, *args: Any, **kwargs: Any) -> None:
         arguments = _BACKWARD.bind(*args, **kwargs).arguments
