@@ -3,11 +3,11 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from fulgurite.plugins.federated import PGD, quiet
+from fulgurite.callbacks.untouched import untouched
+from fulgurite.plugins.federated import PGD
 from fulgurite.plugins.federated.batch import get_entry
 from fulgurite.plugins.metrics import RobustAccuracy
 
@@ -47,7 +47,7 @@ class RobustValidation(Callback):
         if trainer.sanity_checking or (self.limit_batches is not None and batch_idx >= self.limit_batches):
             return
         x, target = get_entry(batch, self.input_key), get_entry(batch, self.target_key)
-        with isolate_rng(), quiet(pl_module), trainer.precision_plugin.val_step_context():
+        with untouched(trainer, pl_module):
             self._robust.update(pl_module, x, target)
             self._clean.update((pl_module(x).argmax(1) == target).float())
 

@@ -21,11 +21,11 @@ from typing_extensions import override
 from fulgurite.plugins.federated.average import ClientAverage
 from fulgurite.plugins.federated.deal import Deal
 from fulgurite.plugins.federated.loader import ClientLoader, batch_size_of
-from fulgurite.plugins.federated.quiet import quiet
 from fulgurite.plugins.federated.rounds import ClientBatchSampler, Turn
 from fulgurite.plugins.federated.states import ClientStates, client_folder
 from fulgurite.plugins.optim.federated_optimizer import FederatedOptimizer
 from fulgurite.plugins.optim.fedspeed import check_pair
+from fulgurite.plugins.quiet import quiet
 from fulgurite.plugins.seeds import seed_all
 from fulgurite.strategies._lightning import saves_within_epochs, set_epoch_length, wants_sync_batchnorm
 from fulgurite.strategies.replicas import ReplicaStrategy

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from fulgurite.plugins.federated.attack import PGD
 from fulgurite.plugins.federated.batch import get_entry, replace_entry
-from fulgurite.plugins.federated.quiet import quiet
+from fulgurite.plugins.quiet import quiet
 from fulgurite.plugins.seeds import derived_seed
 from fulgurite.strategies.federated import FederatedStrategy
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fulgurite.plugins.federated.quiet import quiet
 from fulgurite.plugins.linalg.record import LossGraph, Outputs, record_loss
+from fulgurite.plugins.quiet import quiet
 from fulgurite.plugins.seeds import derived_seed
 
 

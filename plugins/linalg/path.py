@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fulgurite.plugins.federated.quiet import quiet
 from fulgurite.plugins.linalg.distributed import Peers
 from fulgurite.plugins.linalg.module_loss import ModuleLoss
+from fulgurite.plugins.quiet import quiet
 
 
 class PathResult(NamedTuple):

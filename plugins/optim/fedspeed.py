@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from fulgurite.plugins.federated.quiet import quiet
+from fulgurite.plugins.quiet import quiet
 
 Server = Literal["all", "active"]
 

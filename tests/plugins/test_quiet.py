@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score, MulticlassPrecision
 
-from fulgurite.plugins.federated import quiet
+from fulgurite.plugins.quiet import quiet
 
 CLASSES = 3
 
