@@ -1,7 +1,8 @@
 """What watches or shapes a fit."""
 
+from fulgurite.callbacks.coherent_gradients import CoherentGradients
 from fulgurite.callbacks.figures import log_figure
 from fulgurite.callbacks.gradient_coherence import GradientCoherence
 from fulgurite.callbacks.robust_validation import RobustValidation
 
-__all__ = ["GradientCoherence", "RobustValidation", "log_figure"]
+__all__ = ["CoherentGradients", "GradientCoherence", "RobustValidation", "log_figure"]
