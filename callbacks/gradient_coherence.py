@@ -42,7 +42,7 @@ class GradientCoherence(Callback):
     ``grad_norm``; ``mean_example_norm``, in units in which the mean of the examples' gradients is the gradient;
     ``layer/<parameter>``, its ``alpha_m``; ``covered``, the share of trainable numbers that entered; ``coupled``, 1
     where batch normalisation makes an example's gradient depend on the others. The figure ``coherence/layers`` shows
-    ``alpha_m`` of each parameter over the steps, after each epoch.
+    ``alpha_m`` of each parameter over the steps, at the end of the fit.
 
     Args:
         every_n_steps: optimizer steps between events, the first before any step; an event costs a fraction of a step.
@@ -101,7 +101,6 @@ class GradientCoherence(Callback):
         self._norms: dict[str, Tensor] | None = None  # while a backward is awaited
         self._open = ExitStack()
         self._measured = -1
-        self._drawn = 0
         self._warned: set[str] = set()
 
     # ---- when -------------------------------------------------------------------------------------------------------
@@ -187,11 +186,9 @@ class GradientCoherence(Callback):
         self._event = None
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.figure and len(self.history) > max(self._drawn, 1):
-            self._drawn = len(self.history)
-            if trainer.is_global_zero:
-                log_figure(trainer, "coherence/layers", layers_figure(self.history))
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.figure and len(self.history) > 1 and trainer.is_global_zero:
+            log_figure(trainer, "coherence/layers", layers_figure(self.history))
 
     # ---- what -------------------------------------------------------------------------------------------------------
 

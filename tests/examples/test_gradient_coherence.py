@@ -1,0 +1,51 @@
+"""The example's promises, in a few of its epochs."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import gradient_coherence
+
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield gradient_coherence
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_true_labels_cohere_and_random_ones_do_not(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = example.main(epochs=4, folder=tmp_path)
+    true, random = (run["history"] for run in runs.values())
+    assert [event["step"] for event in true] == [0, 10, 20, 30]
+    assert all(event["m"] == 900 for event in true + random)
+    assert true[0]["alpha_m"] > 4 * random[0]["alpha_m"]
+    assert runs["true labels"]["accuracy"][-1] > 0.6 > runs["random labels"]["accuracy"][-1]
+
+    printed, _ = capfd.readouterr()
+    assert max(map(len, printed.splitlines())) <= 80
+    store = tmp_path / "runs" / "gradient_coherence"
+    assert (store / "gradient_coherence.png").read_bytes().startswith(b"\x89PNG")
+    records = list((store / "wandb").glob("offline-run-*"))
+    assert len(records) == 2
+    assert all(list(record.glob("files/media/images/coherence/layers_*.png")) for record in records)
+
+
+@pytest.mark.slow
+def test_random_labels_come_to_cohere(example: ModuleType, tmp_path: Path) -> None:
+    """While the net learns them by heart (arXiv 2008.01217)."""
+    for seed in (0, 1):
+        history = example.main(epochs=100, seed=seed, folder=tmp_path)["random labels"]["history"]
+        values = [event["alpha_m"] for event in history]
+        assert max(values[20:]) > 5 * max(values[:10])
