@@ -163,8 +163,8 @@ def _inner(left: Tensor, other: Tensor) -> Tensor:
 
 def _square(rows: Tensor) -> Tensor:
     rows = rows.flatten(1)
-    squares: Tensor = torch.linalg.vecdot(rows, rows)
-    return squares
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)  # in one pass
+    return norms.square()
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -206,31 +206,39 @@ def _embedding(module: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Use]:
 
 
 def _conv(module: _ConvNd, x: Tensor, grad: Tensor) -> dict[str, Use]:
-    turned = isinstance(module, _ConvTransposeNd)
-    images, seeds = (_widened(grad, module.padding), x) if turned else (_padded(module, x), grad)
+    turned = isinstance(module, _ConvTransposeNd)  # what it returns is what its patches are cut from
+    images, seeds = (grad, x) if turned else (x, grad)
     groups, count = module.groups, seeds.shape[2:]
 
     def factors(rows: slice) -> tuple[Tensor, Tensor]:
         left = seeds[rows]
         left = left.reshape(len(left), groups, -1, math.prod(count)).transpose(2, 3)
-        return left, _patches(images[rows], module, count)
+        return left, _patches(_padded(images[rows], module, turned), module, count)
 
     weight = Outer(module.weight, len(x), math.prod(count), factors, groups)
     return {"weight": weight} | _bias(module, grad)
 
 
-def _padded(module: _ConvNd, x: Tensor) -> Tensor:
+def _padded(images: Tensor, module: _ConvNd, turned: bool) -> Tensor:
+    """Channels last, ``(b, *padded, channels)``, so that patches are cut in long runs."""
     sides = module._reversed_padding_repeated_twice
-    return F.pad(x, sides, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    if turned:
+        assert not isinstance(module.padding, str)
+        sides = [side for width in reversed(module.padding) for side in (width, width)]
+    if module.padding_mode != "zeros":
+        return F.pad(images, sides, mode=module.padding_mode).movedim(1, -1).contiguous()
+    lows, highs = sides[-2::-2], sides[-1::-2]
+    sizes = [low + size + high for low, size, high in zip(lows, images.shape[2:], highs, strict=True)]
+    padded = images.new_zeros(len(images), *sizes, images.shape[1])
+    inner = padded
+    for axis, (low, size) in enumerate(zip(lows, images.shape[2:], strict=True), start=1):
+        inner = inner.narrow(axis, low, size)
+    inner.copy_(images.movedim(1, -1))
+    return padded
 
 
-def _widened(x: Tensor, padding: Any) -> Tensor:
-    return F.pad(x, [side for width in reversed(padding) for side in (width, width)])
-
-
-def _patches(images: Tensor, module: _ConvNd, count: torch.Size) -> Tensor:
-    """What each output sees, ``(b, groups, L, positions * channels)``: channels last, which copies long runs."""
-    last = images.movedim(1, -1).contiguous()
+def _patches(last: Tensor, module: _ConvNd, count: torch.Size) -> Tensor:
+    """What each output sees, ``(b, groups, L, positions * channels)``."""
     batch, *steps, channel = last.stride()
     strides = [step * stride for step, stride in zip(steps, module.stride, strict=True)]
     within = [step * dilation for step, dilation in zip(steps, module.dilation, strict=True)]
