@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Literal
@@ -392,7 +392,8 @@ def _plainly(hook: Callable[..., None]) -> Callable[..., None]:
     @wraps(hook)
     @torch.no_grad()
     def called(*args: Any) -> None:
-        with torch.autocast(args[-1].device.type, enabled=False):
+        device = args[-1].device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             hook(*args)
 
     return called
