@@ -3,8 +3,8 @@
     python benchmarks/gradient_coherence.py [cost|memory|fit|labels|figure|all] [--quick]
 
 ``cost`` times a step on a conv net, a perceptron and a transformer block, all methods in turn; ``memory`` reads the
-peak of a batch of 4096 on a million parameters; ``fit`` times a fit with the callback and without; ``labels`` trains on true
-and on random labels. Each replaces its part of ``results/gradient_coherence.json``.
+peak of a batch of 4096 on a million parameters; ``fit`` times a fit with the callback and without; ``labels`` trains on
+true and on random labels. Each replaces its part of ``results/gradient_coherence.json``.
 """
 
 import json
