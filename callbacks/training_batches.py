@@ -1,0 +1,62 @@
+"""Batches of the training data for a callback to keep, without touching the iterator that training reads."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, IterableDataset
+
+from fulgurite.plugins.seeds import seed_all
+
+
+def training_batches(loader: Any, seed: int) -> Iterator[tuple[Any, Any]]:
+    """``(index, batch)`` in the order that the loader would give with generators seeded by ``seed``.
+
+    ``index`` is what :func:`batch_at` fetches the same batch by; None for data without indices, of which a fresh
+    iterator is read. Workers are not started. The generators are as they were once the iterator is closed.
+
+    Args:
+        loader: a ``DataLoader`` or any iterable over batches; on each rank its own.
+        seed: for the order, and for random augmentations.
+
+    Raises:
+        ValueError: for several loaders, and for data that can be iterated only once.
+    """
+    if isinstance(loader, list | tuple | dict):
+        raise ValueError('several training loaders have no batches of their own: set `batches="current"`')
+    with isolate_rng():
+        seed_all("training batches", seed)
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            for batch in _fresh(loader):
+                yield None, batch
+            return
+        sampler = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        # A copy, for a sampler may count its epochs or have a generator; of the sampler alone, not of the data.
+        for index in copy.deepcopy(sampler, {id(loader.dataset): loader.dataset}):
+            yield index, batch_at(loader, index, seed)
+
+
+def batch_at(loader: DataLoader[Any], index: Any, seed: int) -> Any:
+    """The batch of an index that :func:`training_batches` gave."""
+    with isolate_rng():
+        seed_all("training batch", seed, index)
+        batched = {"batch_sampler": [index]} if loader.batch_sampler is not None else {"sampler": [index]}
+        single = {} if loader.batch_sampler is not None else {"batch_size": None}
+        return next(iter(DataLoader(loader.dataset, collate_fn=loader.collate_fn, **batched, **single)))  # type: ignore[arg-type]
+
+
+def _fresh(loader: Any) -> Iterator[Any]:
+    source = loader.dataset if isinstance(loader, DataLoader) else loader
+    first = iter(source)
+    if first is source or first is iter(source):
+        raise ValueError(
+            f"the training data ({type(source).__name__}) can be iterated only once, and training needs that: "
+            'set `batches="current"`'
+        )
+    if not isinstance(loader, DataLoader):
+        return first
+    options = (
+        {"batch_size": loader.batch_size, "drop_last": loader.drop_last} if loader.batch_size else {"batch_size": None}
+    )
+    return iter(DataLoader(source, collate_fn=loader.collate_fn, **options))
