@@ -424,8 +424,8 @@ def density_figure(record: SpectrumRecord, sigma: float | None = None, title: st
         label=f"top {len(top)} eigenvalues",
     )
     peak = float(density.max())
-    axes.set(xlabel="eigenvalue", ylabel="density", yscale="log", ylim=(1e-7 * peak, 3 * peak))
-    axes.set_xscale("symlog", linthresh=width)
+    axes.set(xlabel="eigenvalue", ylabel="density", yscale="log", ylim=(1e-7 * peak, 30 * peak))
+    axes.set_xscale("symlog", linthresh=10.0 ** math.ceil(math.log10(width)))
     axes.set_title(title, fontsize="medium", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
