@@ -30,12 +30,7 @@ from fulgurite.plugins.linalg import DiagonalOperator, ModuleLoss, lanczos, spec
 
 PEERS = ("curvlinops-for-pytorch==3.0.1", "hessian-eigenthings==1.0.0a5", "PyHessian==0.1")
 COLOURS = {"ours": "#d55e00", "eigenthings": "#0072b2", "PyHessian": "#009e73", "curvlinops": "#7f7f7f"}
-NAMES = {
-    "ours": "Fulgurite",
-    "eigenthings": "hessian-eigenthings",
-    "pyhessian": "PyHessian",
-    "curvlinops": "curvlinops",
-}
+NAMES = {"ours": "Fulgurite", "eigenthings": "hessian-eigenthings"}
 NEEDED = (
     *("backpack-for-pytorch", "unfoldNd", "einops", "einconv", "linear_operator"),
     *("jaxtyping", "wadler-lindig", "opt-einsum"),
@@ -277,7 +272,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
                 fontsize=8,
                 color="white" if inside else "black",
             )
-        event.set_yticks(range(len(names)), [NAMES[name] for name in names])
+        event.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names])
         event.set(xlabel="CPU seconds", xlim=(0, 1.15 * event.dataLim.x1))
         event.set_title(f"Spectrum by {found['event']['products']} products")
         event.grid(axis="y", visible=False)

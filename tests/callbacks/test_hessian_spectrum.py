@@ -515,6 +515,15 @@ def test_the_history_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
                 assert same == {name: value for name, value in two.scalars.items() if name != "seconds"}
 
 
+def test_checkpoints_can_follow_an_eigenvalue(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="hessian/lambda_max", every_n_train_steps=1)
+    callback = HessianSpectrum(every_n_steps=1, figure=False, k=1)
+    trainer(callback, checkpoint, max_steps=4).fit(Network())
+    assert checkpoint.best_model_score is not None
+    least = min(record.scalars["lambda_max"] for record in callback.history)
+    assert float(checkpoint.best_model_score) == pytest.approx(least)
+
+
 def test_the_figure_has_the_density_and_a_tick_an_eigenvalue() -> None:
     (record,) = measured(Network(), k=4).history
     figure = density_figure(record, title="a title")
