@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -204,8 +204,9 @@ class GradientCoherence(Callback):
     def _replay(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The gradients of the fixed batches, in a pass of their own."""
         if self._kept is None:
-            drawn = training_batches(trainer.train_dataloader, self.seed)
-            self._kept = [batch for _, batch in islice(drawn, self.n_batches)]
+            drawn = training_batches(trainer.train_dataloader, self.seed, 'source="train_batch"')
+            with closing(drawn):  # which puts the generators back
+                self._kept = [batch for _, batch in islice(drawn, self.n_batches)]
         event = _Event(trainer.global_step)
         with untouched(trainer, pl_module), torch.compiler.set_stance("force_eager"), torch.enable_grad():
             seed_all("coherence", self.seed, trainer.global_rank)

@@ -1,7 +1,7 @@
 """Batches of the training data for a callback to keep, without touching the iterator that training reads."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from fulgurite.plugins.seeds import seed_all
 
 
-def training_batches(loader: Any, seed: int) -> Iterator[tuple[Any, Any]]:
+def training_batches(loader: Any, seed: int, otherwise: str) -> Generator[tuple[Any, Any]]:
     """``(index, batch)`` in the order that the loader would give with generators seeded by ``seed``.
 
     ``index`` is what :func:`batch_at` fetches the same batch by; None for data without indices, of which a fresh
@@ -21,16 +21,17 @@ def training_batches(loader: Any, seed: int) -> Iterator[tuple[Any, Any]]:
     Args:
         loader: a ``DataLoader`` or any iterable over batches; on each rank its own.
         seed: for the order, and for random augmentations.
+        otherwise: the setting that needs none of this, for messages.
 
     Raises:
         ValueError: for several loaders, and for data that can be iterated only once.
     """
     if isinstance(loader, list | tuple | dict):
-        raise ValueError('several training loaders have no batches of their own: set `batches="current"`')
+        raise ValueError(f"several training loaders have no batches of their own: set `{otherwise}`")
     with isolate_rng():
         seed_all("training batches", seed)
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            for batch in _fresh(loader):
+            for batch in _fresh(loader, otherwise):
                 yield None, batch
             return
         sampler = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
@@ -48,13 +49,13 @@ def batch_at(loader: DataLoader[Any], index: Any, seed: int) -> Any:
         return next(iter(DataLoader(loader.dataset, collate_fn=loader.collate_fn, **batched, **single)))  # type: ignore[arg-type]
 
 
-def _fresh(loader: Any) -> Iterator[Any]:
+def _fresh(loader: Any, otherwise: str) -> Iterator[Any]:
     source = loader.dataset if isinstance(loader, DataLoader) else loader
     first = iter(source)
     if first is source or first is iter(source):
         raise ValueError(
             f"the training data ({type(source).__name__}) can be iterated only once, and training needs that: "
-            'set `batches="current"`'
+            f"set `{otherwise}`"
         )
     if not isinstance(loader, DataLoader):
         return first

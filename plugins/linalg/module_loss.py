@@ -12,6 +12,10 @@ from fulgurite.plugins.quiet import quiet
 from fulgurite.plugins.seeds import derived_seed
 
 
+class SkippedBatch(ValueError):
+    """The step returned None for a batch, which training skips."""
+
+
 class ModuleLoss:
     """The mean over stored batches of the loss that a step of ``module`` returns, as often as it is asked for.
 
@@ -114,7 +118,8 @@ class ModuleLoss:
         output = getattr(self.module, self.step)(*self.batches[index])
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
-            raise ValueError(f"`{self.step}` returned {type(output).__name__} for batch {index} instead of a loss")
+            problem = f"`{self.step}` returned {type(output).__name__} for batch {index} instead of a loss"
+            raise SkippedBatch(problem) if output is None else ValueError(problem)
         return loss
 
 

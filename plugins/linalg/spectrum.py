@@ -111,13 +111,14 @@ def spectrum(
         "lambda_max": top,
         "lambda_min": float(measure.nodes.min()),
         "trace": trace,
-        "trace_stderr": trace_stderr,
         "frobenius": (size * measure.moment(2)) ** 0.5,
         "negative_mass": measure.integrate(lambda nodes: nodes.clamp(max=0).abs())[0] / mass if mass else 0.0,
         "near_zero_fraction": magnitudes.integrate(lambda nodes: (nodes < near_zero * top).to(nodes))[0],
         "bulk_median": magnitudes.quantile(0.5),
         **outliers(values, classes),
     }
+    if n_probes > 1:
+        scalars["trace_stderr"] = trace_stderr
     space = Sharded(hessian) if basis == "sharded" else Whole(hessian)
     if gradient_overlap:
         gradient = hessian.gradient

@@ -71,6 +71,7 @@ def test_scalars_of_a_diagonal_quadratic_are_exact() -> None:
     assert record.scalars["seconds"] > 0
     assert not {"ggn_trace", "drift", "gap_at_classes", "residual_ratio"} & record.scalars.keys()
     assert not record.measure.runs
+    assert "trace_stderr" not in quadratic(D.diag(), k=7, n_probes=1).scalars
 
 
 def test_a_multiple_of_the_loss_and_more_of_the_same_data() -> None:
