@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -31,7 +30,7 @@ from fulgurite.callbacks.training_batches import batch_at, to_device, training_b
 from fulgurite.plugins.linalg import HessianOperator, ModuleLoss, SpectralMeasure, SpectrumRecord, spectrum
 from fulgurite.plugins.linalg.module_loss import SkippedBatch
 from fulgurite.plugins.quiet import quiet
-from fulgurite.plugins.seeds import seed_all
+from fulgurite.plugins.seeds import isolate_generators, seed_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -225,7 +224,7 @@ class HessianSpectrum(Callback):
     @contextmanager
     def _apart(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """Within it the step may run: eagerly, and without a trace in the fit."""
-        with isolate_rng(), quiet(pl_module, self.eval_mode), torch.compiler.set_stance("force_eager"):
+        with isolate_generators(), quiet(pl_module, self.eval_mode), torch.compiler.set_stance("force_eager"):
             pl_module._compiled_call_impl = None
             seed_all("hessian", self.seed, trainer.global_rank)
             yield

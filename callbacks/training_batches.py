@@ -6,10 +6,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
-from fulgurite.plugins.seeds import seed_all
+from fulgurite.plugins.seeds import isolate_generators, seed_all
 
 
 def training_batches(loader: Any, seed: int, otherwise: str) -> Generator[tuple[Any, Any]]:
@@ -28,7 +27,7 @@ def training_batches(loader: Any, seed: int, otherwise: str) -> Generator[tuple[
     """
     if isinstance(loader, list | tuple | dict):
         raise ValueError(f"several training loaders have no batches of their own: set `{otherwise}`")
-    with isolate_rng():
+    with isolate_generators():
         seed_all("training batches", seed)
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             for batch in _fresh(loader, otherwise):
@@ -42,7 +41,7 @@ def training_batches(loader: Any, seed: int, otherwise: str) -> Generator[tuple[
 
 def batch_at(loader: DataLoader[Any], index: Any, seed: int) -> Any:
     """The batch of an index that :func:`training_batches` gave."""
-    with isolate_rng():
+    with isolate_generators():
         seed_all("training batch", seed, index)
         batched = {"batch_sampler": [index]} if loader.batch_sampler is not None else {"sampler": [index]}
         single = {} if loader.batch_sampler is not None else {"batch_size": None}

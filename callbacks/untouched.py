@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from fulgurite.plugins.quiet import quiet
+from fulgurite.plugins.seeds import isolate_generators
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def untouched(trainer: Trainer, pl_module: LightningModule, evaluate: bool = Fal
     for param, _ in gradients:
         param.grad = None
     try:
-        with isolate_rng(), quiet(pl_module, evaluate), trainer.precision_plugin.forward_context():
+        with isolate_generators(), quiet(pl_module, evaluate), trainer.precision_plugin.forward_context():
             yield
     finally:
         for param, gradient in gradients:

@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,3 +30,18 @@ def seed_all(*key: object) -> None:
         torch.cuda.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextmanager
+def isolate_generators() -> Iterator[None]:
+    """Puts the global generators of torch, NumPy and Python back at the end of the block, also after an exception."""
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_host, on_devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if has_cuda else []
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(on_host)
+        torch.cuda.set_rng_state_all(on_devices)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)

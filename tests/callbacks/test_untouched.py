@@ -43,15 +43,18 @@ class Probe(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = [param.grad for param in pl_module.parameters()]
+        drawn = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
         with pytest.raises(ZeroDivisionError):
             self.fail(trainer, pl_module)
         self.kept.append(all(p.grad is g for p, g in zip(pl_module.parameters(), before, strict=True)))
+        assert torch.equal(torch.get_rng_state(), drawn[0])
+        assert (np.random.get_state()[2], random.getstate()) == drawn[1:]
 
     def fail(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with untouched(trainer, pl_module, evaluate=True):
             assert not pl_module.training
             assert all(param.grad is None for param in pl_module.parameters())
-            batch = torch.ones(4, 3)
+            batch = torch.randn(4, 3)
             self.dtypes.append(pl_module.net(batch).dtype)
             pl_module.training_step(batch, 0).backward()
             raise ZeroDivisionError

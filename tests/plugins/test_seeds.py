@@ -1,9 +1,11 @@
 import random
+from contextlib import suppress
 
 import numpy as np
+import pytest
 import torch
 
-from fulgurite.plugins.seeds import derived_seed, seed_all
+from fulgurite.plugins.seeds import derived_seed, isolate_generators, seed_all
 
 
 def draw() -> tuple[float, float, float]:
@@ -25,3 +27,14 @@ def test_seeds_torch_numpy_and_python() -> None:
     assert draw() == first
     seed_all(1, "step", 3)
     assert all(number != before for number, before in zip(draw(), first, strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_generators_come_back(fails: bool) -> None:
+    seed_all(1)
+    expected = draw()
+    seed_all(1)
+    with suppress(ZeroDivisionError), isolate_generators():
+        draw()
+        _ = 1 / (not fails)
+    assert draw() == expected
