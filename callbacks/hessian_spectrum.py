@@ -50,7 +50,7 @@ class HessianSpectrum(Callback):
     ``every_n_steps``, ``at_steps`` and ``at_epoch_end`` it happens once, at the end of the fit.
 
     The fit stays as it was, bit for bit. An event costs about ``lanczos_steps * n_probes`` products of ``n_batches``
-    batches, each of one to two gradients; ``hessian/seconds`` says how long. Over several processes the loss is the
+    batches, each dearer than a gradient; ``hessian/seconds`` says how long. Over several processes the loss is the
     mean over their batches, with one all-reduce a product.
 
     Args:
