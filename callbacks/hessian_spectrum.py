@@ -151,6 +151,8 @@ class HessianSpectrum(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._indices = self._previous = None  # of an earlier fit; a checkpoint brings its own, later
+        self._measured = -1
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise MisconfigurationException(
                 f"`HessianSpectrum` needs whole parameters on each rank, and {type(trainer.strategy).__name__} holds "
