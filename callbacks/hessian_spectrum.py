@@ -49,7 +49,7 @@ class HessianSpectrum(Callback):
     ``every_n_steps``, ``at_steps`` and ``at_epoch_end`` it happens once, at the end of the fit.
 
     The fit stays as it was, bit for bit. An event costs about ``lanczos_steps * n_probes`` products of ``n_batches``
-    batches, each of one to two gradients; ``hessian/seconds`` says how long. Over several processes the loss is the
+    batches, each dearer than a gradient; ``hessian/seconds`` says how long. Over several processes the loss is the
     mean over their batches, with one all-reduce a product.
 
     Args:
@@ -150,6 +150,8 @@ class HessianSpectrum(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._indices = self._previous = None  # of an earlier fit; a checkpoint brings its own, later
+        self._measured = -1
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise MisconfigurationException(
                 f"`HessianSpectrum` needs whole parameters on each rank, and {type(trainer.strategy).__name__} holds "

@@ -212,8 +212,10 @@ def draw(found: Found) -> Figure:
     density.set_title("10 digits: density, and top eigenvalues", fontsize="medium", loc="left")
     for (name, path), colour in zip(found.paths.items(), (SMALL, OTHER), strict=False):
         line.plot(path.t, path.loss, color=colour, label=name)
-    line.set(xlabel="t, from the large-batch solution", ylabel="loss", xlim=(0, 1), ylim=(0, 1.4 * line.dataLim.y1))
+    line.set(xlabel="t, from the large-batch solution", ylabel="loss", xlim=(0, 1))
     line.set_title("Loss on the line to a solution", fontsize="medium", loc="left")
+    if found.paths:
+        line.set_ylim(0, 1.4 * line.dataLim.y1)  # room for the legend
     for axes in (density, line):
         if axes.lines:
             axes.legend(frameon=False, loc="upper right" if axes is density else "upper left")

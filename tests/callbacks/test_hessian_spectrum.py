@@ -293,6 +293,14 @@ def test_fixed_batches_stay_and_training_reads_what_it_would() -> None:
     assert values == pytest.approx(values[:1] * 6)
 
 
+def test_a_second_fit_draws_from_its_own_data() -> None:
+    callback = HessianSpectrum(k=1, lanczos_steps=7, ggn=False, figure=False)
+    for n in (8, 2):
+        trainer(callback, max_steps=1).fit(Noted(), numbers(range(n - 1, -1, -1), n))
+    assert [record.scalars["lambda_max"] for record in callback.history] == pytest.approx([6 * 8, 6 * 2])
+    assert "drift" not in callback.history[1].scalars
+
+
 def test_fixed_batches_come_from_the_loaders_own_sampler() -> None:
     rows = [5, 6, 7]
     loader = numbers(SubsetRandomSampler(rows))
