@@ -39,7 +39,7 @@ Solver = Literal["lanczos", "cg"]
 _REFRESH = 10  # steps for which a metric's diagonal and a low-rank basis are kept
 _PROBES = 10  # of a metric's diagonal
 _DECAY = 0.9  # of the running diagonal
-_FLOOR = 1e-2  # of a metric, as a fraction of its mean
+_FLOOR = 0.1  # of a metric, as a fraction of its mean
 _OPERATORS: dict[str, type[LossOperator]] = {"hessian": HessianOperator, "fisher": FisherOperator}
 
 
@@ -271,7 +271,11 @@ class GradientRegularizedNewton(BaseOptimizer):
                 _write(op.params, start, op.unflatten(step if root is None else step / root))
                 if isinstance(system, _Krylov):  # a larger lambda needs no more products
                     objective.release()
-                loss, after = objective.again()
+                try:
+                    loss, after = objective.again()
+                except BaseException:
+                    _write(op.params, start)
+                    raise
                 after = after.to(op.dtype) if root is None else after.to(op.dtype) / root
                 gain, least = value - float(op.peers.mean_(loss)), share * float(after @ after) / lam
                 if abs(gain) <= objective.rounding * abs(value):
@@ -456,7 +460,7 @@ class _Conjugate:
     """By conjugate gradients, anew for each shift."""
 
     def __init__(self, op: CurvatureOperator, slope: Tensor, tolerance: tuple[float, float], limit: int) -> None:
-        self.op, self.slope, self.limit = op, slope, min(limit, op.shape[0])
+        self.op, self.slope, self.limit = op, slope, limit
         self.theta, self.eps = tolerance
         self.dimension = 0
 
