@@ -2,18 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from pytorch_optimizer.base.exception import NoClosureError, NoSparseGradientError
+from pytorch_optimizer.base.exception import NoClosureError
 from pytorch_optimizer.base.optimizer import BaseOptimizer
 from pytorch_optimizer.base.type import ParamGroup
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_forward_pre_hook
 from typing_extensions import override
 
 from fulgurite.plugins.linalg import (
@@ -21,16 +20,21 @@ from fulgurite.plugins.linalg import (
     FisherOperator,
     GGNOperator,
     HessianOperator,
-    LossGraph,
     LossOperator,
     ModuleLoss,
-    cg,
     hutchinson_diagonal,
     lanczos,
-    record_loss,
 )
-from fulgurite.plugins.linalg.curvature import vjp
 from fulgurite.plugins.linalg.distributed import Peers
+from fulgurite.plugins.optim.objectives import ClosureLoss, Objective, StoredLoss
+from fulgurite.plugins.optim.shifted_systems import (
+    Conjugate,
+    Diagonal,
+    Krylov,
+    LowRank,
+    Preconditioned,
+    ShiftedSystem,
+)
 from fulgurite.plugins.seeds import derived_seed
 
 Curvature = Literal["ggn", "fisher", "hessian", "identity", "diagonal", "low_rank"]
@@ -211,36 +215,37 @@ class GradientRegularizedNewton(BaseOptimizer):
             )
         group = self.param_groups[0]
         params = [p for p in group["params"] if p.requires_grad]
-        objective: _ClosureLoss | _StoredLoss = (
-            _ClosureLoss(closure, params, self.recorded)
-            if self._loss is None
-            else _StoredLoss(closure, params, self._loss, Peers(self.process_group))
-        )
-        self._loss = None
+        if not params:
+            raise ValueError("no parameter requires a gradient: unfreeze one")
+        stored, self._loss = self._loss, None
+        objective: Objective
+        if stored is None:
+            objective = ClosureLoss(closure, params, self.recorded)
+        else:
+            objective = StoredLoss(closure, params, stored, Peers(self.process_group))
         try:
             result = objective.begin(group["subsample"])
             kind = _OPERATORS.get(self.curvature, GGNOperator if self.recorded is not None else HessianOperator)
             op = kind(objective.source, params, group=self.process_group)
-            self._take(objective, op, float(op.peers.mean_(objective.loss)))
+            self._take(objective, op)
         finally:
             objective.end()
         group["n_steps"] += 1
         return result
 
-    def _take(self, objective: "_ClosureLoss | _StoredLoss", op: LossOperator, value: float) -> None:
-        """Looks for a step from x, where the objective is ``value`` and ``op`` its curvature, and writes it."""
+    def _take(self, objective: Objective, op: LossOperator) -> None:
+        """Looks for a step from x, where ``op`` is the curvature, and writes it to the parameters."""
         group, metrics = self.param_groups[0], dict.fromkeys(_METRICS, 0.0)
-        gradient = objective.gradient.to(op.dtype)
+        value, gradient = float(op.peers.mean_(objective.loss)), objective.gradient.to(op.dtype)
         self._refuse_non_finite(value, gradient)
         self._warn_of_missing(objective.missing)
         root = None if self._metric_is("identity") else self._metric(op).sqrt()
-        scaled = op if root is None else _Preconditioned(op, root.reciprocal())
         slope = gradient if root is None else gradient / root
         norm = float(op.peers.agree_(slope.norm().double()))
         metrics |= {"grad_norm": norm, "closures": 1.0, "lambda": norm / group["gamma"]}
         if norm > group["tol_grad"]:
-            system = self._system(scaled, slope)
-            step = self._search(objective, op, system, root, value, norm, metrics)
+            system = self._system(op if root is None else Preconditioned(op, root.reciprocal()), slope)
+            step = self._search(objective, _Point(op, value, norm, root), system, metrics)
             metrics["step_norm"] = float(step.norm()) if step is not None else 0.0
             metrics["search_failed"] = float(step is None)
             metrics["krylov_dim"] = float(system.dimension)
@@ -248,44 +253,39 @@ class GradientRegularizedNewton(BaseOptimizer):
         self.metrics = {f"grn/{name}": value for name, value in metrics.items()}
 
     def _search(
-        self,
-        objective: "_ClosureLoss | _StoredLoss",
-        op: LossOperator,
-        system: "_System",
-        root: Tensor | None,
-        value: float,
-        norm: float,
-        metrics: dict[str, float],
+        self, objective: Objective, at: "_Point", system: ShiftedSystem, metrics: dict[str, float]
     ) -> Tensor | None:
-        """The step that was accepted and written, in coordinates in which the metric is the identity."""
-        group = self.param_groups[0]
-        start = [param.detach().clone() for param in op.params]
-        share = 1 / (2 * (2 + group["theta"]) ** 2)
+        """The step that was accepted, in coordinates in which the metric is the identity."""
+        group, params = self.param_groups[0], at.op.params
+        start = [param.detach().clone() for param in params]
         accepted, step = False, None
         while not accepted and metrics["trials"] < self.max_search:
-            metrics["lambda"] = lam = norm / group["gamma"]
+            metrics["lambda"] = lam = at.norm / group["gamma"]
             metrics["trials"] += 1
             step = system.solve(lam)
             if step is not None:
                 metrics["closures"] += 1
-                _write(op.params, start, op.unflatten(step if root is None else step / root))
-                if isinstance(system, _Krylov):  # a larger lambda needs no more products
+                if isinstance(system, Krylov):  # a larger lambda needs no more products
                     objective.release()
                 try:
-                    loss, after = objective.again()
-                except BaseException:
-                    _write(op.params, start)
-                    raise
-                after = after.to(op.dtype) if root is None else after.to(op.dtype) / root
-                gain, least = value - float(op.peers.mean_(loss)), share * float(after @ after) / lam
-                if abs(gain) <= objective.rounding * abs(value):
-                    gain = -float(after @ step)  # a convex function decreases at least so much
-                accepted = op.peers.decide(gain >= least and math.isfinite(gain), op.device)
-                if not accepted:
-                    _write(op.params, start)
+                    _write(params, start, at.op.unflatten(at.scaled(step)))
+                    accepted = at.op.peers.decide(self._accepts(objective, at, step, lam), at.op.device)
+                finally:
+                    if not accepted:
+                        _write(params, start)
             group["gamma"] *= 2 if accepted else 0.5
         group["gamma"] = min(max(group["gamma"], group["gamma_min"]), group["gamma_max"])
         return step if accepted else None
+
+    def _accepts(self, objective: Objective, at: "_Point", step: Tensor, lam: float) -> bool:
+        """Whether the objective, where the parameters are now, has decreased enough."""
+        loss, after = objective.again()
+        after = at.scaled(after.to(step.dtype))
+        gain = at.value - float(at.op.peers.mean_(loss))
+        if abs(gain) <= objective.rounding * abs(at.value):
+            gain = -float(after @ step)  # a convex function decreases at least so much
+        least = float(after @ after) / lam / (2 * (2 + self.param_groups[0]["theta"]) ** 2)
+        return gain >= least and math.isfinite(gain)
 
     def _refuse_non_finite(self, value: float, gradient: Tensor) -> None:
         if not (math.isfinite(value) and bool(gradient.isfinite().all())):
@@ -299,19 +299,19 @@ class GradientRegularizedNewton(BaseOptimizer):
             self._warned = True
             warnings.warn(f"{count} parameters got no gradient, and do not move", stacklevel=5)
 
-    def _system(self, op: CurvatureOperator, slope: Tensor) -> "_System":
+    def _system(self, op: CurvatureOperator, slope: Tensor) -> ShiftedSystem:
         """What solves ``(H + lambda) h = -slope`` for any lambda."""
         tolerance = (self.param_groups[0]["theta"], 4 * torch.finfo(op.dtype).eps)
         match self.curvature:
             case "identity":
-                return _Diagonal(torch.zeros_like(slope), slope)
+                return Diagonal(torch.zeros_like(slope), slope)
             case "diagonal":
-                return _Diagonal(self._running_diagonal(op), slope)
+                return Diagonal(self._running_diagonal(op), slope)
             case "low_rank":
-                return _LowRank(*self._ritz(op, slope), slope)
+                return LowRank(*self._ritz(op, slope), slope)
         if self.solver == "cg":
-            return _Conjugate(op, slope, tolerance, self.max_krylov)
-        return _Krylov(op, slope, tolerance, self.max_krylov)
+            return Conjugate(op, slope, tolerance, self.max_krylov)
+        return Krylov(op, slope, tolerance, self.max_krylov)
 
     # ---- what lasts longer than a step -------------------------------------------------------------------------------
 
@@ -381,6 +381,27 @@ _METRICS = [
 ]
 
 
+@dataclass
+class _Point:
+    """Where a step begins.
+
+    Attributes:
+        op: the curvature.
+        value: of the objective.
+        norm: of the gradient.
+        root: of the metric's diagonal; None for the identity.
+    """
+
+    op: LossOperator
+    value: float
+    norm: float
+    root: Tensor | None
+
+    def scaled(self, vector: Tensor) -> Tensor:
+        """A step, or a gradient, from one system of coordinates to the other."""
+        return vector if self.root is None else vector / self.root
+
+
 class _Group(dict[str, Any]):
     """Says to a scheduler what is wrong."""
 
@@ -394,304 +415,3 @@ def _write(params: list[Tensor], values: list[Tensor], steps: list[Tensor] | Non
     """Through ``data``, which counts no version: the kept graph stays valid."""
     for i, (param, value) in enumerate(zip(params, values, strict=True)):
         param.data.copy_(value if steps is None else value + steps[i])
-
-
-# ---- solving (H + lambda) h = -g ---------------------------------------------------------------------------------
-
-
-class _System(Protocol):
-    """A linear system for any shift."""
-
-    @property
-    def dimension(self) -> int:
-        """Of the space that the last solution is from."""
-
-    def solve(self, lam: float) -> Tensor | None:
-        """The step for a shift, ``(P,)``; None where the matrix is not positive."""
-
-
-class _Krylov:
-    """By one Lanczos basis, which serves all shifts; it grows for the first one alone."""
-
-    def __init__(self, op: CurvatureOperator, slope: Tensor, tolerance: tuple[float, float], limit: int) -> None:
-        self.run, self.norm, self.device = lanczos(op, 1, v0=slope), float(slope.norm()), op.device
-        (self.theta, self.eps), self.limit, self.closed = tolerance, min(limit, op.shape[0]), False
-        self.peers = op.peers
-
-    @property
-    def dimension(self) -> int:
-        return len(self.run)
-
-    def solve(self, lam: float) -> Tensor | None:
-        while True:
-            y = _thomas(self.run.alpha.tolist(), self.run.beta.tolist(), lam, self.norm)
-            # Ends with a positive matrix and a small residual, or where nothing can be added.
-            over = self.closed or y is None or self.run.breakdown or len(self.run) == self.limit
-            if y is not None and not over:
-                least = max(self.theta * lam * math.hypot(*y), self.eps * self.norm)
-                over = self.run.beta_last * abs(y[-1]) <= least
-            if self.peers.decide(over, self.device):
-                break
-            self.run.extend(1)
-        if y is None:
-            return None
-        self.closed = True
-        return -self.run.lift(torch.tensor(y, dtype=torch.float64))
-
-
-def _thomas(diagonal: list[float], beside: list[float], shift: float, first: float) -> list[float] | None:
-    """Solves a tridiagonal system with the right side ``first e1``; None where the matrix is not positive."""
-    pivots, right = [diagonal[0] + shift], [first]
-    for a, b in zip(diagonal[1:], beside, strict=True):
-        if not pivots[-1] > 0:
-            return None
-        factor = b / pivots[-1]
-        pivots.append(a + shift - factor * b)
-        right.append(-factor * right[-1])
-    if not pivots[-1] > 0:
-        return None
-    solution = [right[-1] / pivots[-1]]
-    for pivot, value, b in zip(reversed(pivots[:-1]), reversed(right[:-1]), reversed(beside), strict=True):
-        solution.append((value - b * solution[-1]) / pivot)
-    return solution[::-1]
-
-
-class _Conjugate:
-    """By conjugate gradients, anew for each shift."""
-
-    def __init__(self, op: CurvatureOperator, slope: Tensor, tolerance: tuple[float, float], limit: int) -> None:
-        self.op, self.slope, self.limit = op, slope, limit
-        self.theta, self.eps = tolerance
-        self.dimension = 0
-
-    def solve(self, lam: float) -> Tensor | None:
-        least = self.eps * float(self.slope.norm())
-
-        def close(x: Tensor, residual: Tensor) -> bool:
-            return float(residual.norm()) <= max(self.theta * lam * float(x.norm()), least)
-
-        found = cg(self.op, -self.slope, shift=lam, max_iter=self.limit, stop=close)
-        self.dimension = found.n_iter
-        return None if found.status == "negative_curvature" else found.x
-
-
-class _Diagonal:
-    """By division."""
-
-    dimension = 0
-
-    def __init__(self, diagonal: Tensor, slope: Tensor) -> None:
-        self.diagonal, self.slope = diagonal, slope
-
-    def solve(self, lam: float) -> Tensor | None:
-        return -self.slope / (self.diagonal + lam)
-
-
-class _LowRank:
-    """By the formula of Sherman, Morrison and Woodbury, for a matrix with orthonormal ``u``."""
-
-    def __init__(self, u: Tensor, s: Tensor, slope: Tensor) -> None:
-        self.u, self.s, self.slope, self.dimension = u, s, slope, len(s)
-
-    def solve(self, lam: float) -> Tensor | None:
-        return (self.u @ (self.s / (self.s + lam) * (self.u.T @ self.slope)) - self.slope) / lam
-
-
-class _Preconditioned(CurvatureOperator):
-    """``S H S`` for a diagonal S: the curvature in coordinates in which the metric is the identity."""
-
-    def __init__(self, op: CurvatureOperator, s: Tensor) -> None:
-        super().__init__(op.shape[0], op.dtype, op.device, op.peers)
-        self.op, self.s = op, s
-
-    def _products(self, vectors: Tensor) -> Tensor:
-        return self.op.local(vectors * self.s) * self.s
-
-
-# ---- the loss, at x and at trial points --------------------------------------------------------------------------
-
-
-class _ClosureLoss:
-    """The loss of a closure, whose graph at x is kept.
-
-    Attributes:
-        source: of curvature at x.
-        loss: at x, ``()``, double precision, this rank's.
-        gradient: at x, ``(P,)``, the mean over the ranks, as DDP leaves it.
-        missing: parameters without a gradient.
-        rounding: relative difference of losses that may be rounding.
-    """
-
-    source: LossGraph
-    loss: Tensor
-    gradient: Tensor
-    rounding: float
-
-    def __init__(self, closure: Callable[[], Any], params: list[Tensor], outputs: Any) -> None:
-        self.closure, self.params, self.outputs = closure, params, outputs
-        self.missing = 0
-        self._random = _random_states(params[0].device)
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        self._after: list[tuple[Tensor, Tensor]] = []
-
-    def begin(self, subsample: float) -> Any:
-        if subsample < 1:
-            raise ValueError(
-                f"`subsample` is {subsample}, but a closure shows no batches: attach "
-                "`fulgurite.callbacks.CurvatureBatches()`"
-            )
-        with _watch_buffers(self._before), _Recording(self.params, self.outputs) as recording, torch.enable_grad():
-            result = self.closure()
-        self._after = [(buffer, buffer.clone()) for buffer, _ in self._before.values()]
-        self.source, self.gradient = recording.graph, recording.gradient
-        self.loss, self.missing = self._value(result), sum(p.grad is None for p in self.params)
-        change = (self._gradient() - self.gradient).norm()
-        if not change <= 1e-3 * self.gradient.norm() and bool(self.gradient.isfinite().all()):
-            raise RuntimeError(
-                "the gradients after the closure are not those of `backward`: remove `gradient_clip_val`, since lambda"
-                " already bounds the step, and what else changes gradients"
-            )
-        tensors = [self.source.root, *self.params]
-        self.rounding = max(32 * torch.finfo(tensor.dtype).eps for tensor in tensors)
-        # Under autocast the loss is the mean of numbers that are rounded more coarsely than it is.
-        self.rounding = max([self.rounding, *(torch.finfo(z.dtype).eps for z in self.source.outputs)])
-        return result
-
-    def again(self) -> tuple[Tensor, Tensor]:
-        """Loss and gradient at the present parameters."""
-        for param in self.params:
-            param.grad = None
-        _put_back(self._before.values())
-        _set_random_states(self._random, self.params[0].device)
-        with torch.enable_grad():
-            result = self.closure()
-        return self._value(result), self._gradient()
-
-    def release(self) -> None:
-        self.source.release()
-
-    def end(self) -> None:
-        if hasattr(self, "source"):
-            self.release()
-        _put_back(self._after)
-
-    def _gradient(self) -> Tensor:
-        return _flat([p.grad for p in self.params], self.params)
-
-    def _value(self, result: Any) -> Tensor:
-        if not isinstance(result, Tensor) or result.numel() != 1:
-            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise RuntimeError(f"the closure must return the loss, a scalar tensor, got {got}")
-        return result.detach().double().reshape(())
-
-
-class _StoredLoss:
-    """The loss of stored micro-batches; the closure, of the last one, runs once for the Trainer."""
-
-    missing = 0
-    source: ModuleLoss
-    loss: Tensor
-    gradient: Tensor
-
-    def __init__(self, closure: Callable[[], Any], params: list[Tensor], stored: ModuleLoss, peers: Peers) -> None:
-        self.closure, self.params, self.stored, self.peers = closure, params, stored, peers
-        self.rounding = 32 * torch.finfo(params[0].dtype).eps
-
-    def begin(self, subsample: float) -> Any:
-        with torch.enable_grad():
-            result = self.closure()
-        n_batches = len(self.stored.batches)
-        count = math.ceil(subsample * n_batches)
-        if subsample < 1 and count == n_batches:
-            raise ValueError(
-                f"`subsample` ({subsample}) takes whole micro-batches, and of {n_batches} that is all: raise "
-                "`accumulate_grad_batches`"
-            )
-        self.source = self.stored.fresh(count)
-        self.loss, self.gradient = self._evaluate(self.source if count == n_batches else self._passing())
-        return result
-
-    def again(self) -> tuple[Tensor, Tensor]:
-        return self._evaluate(self._passing())
-
-    def release(self) -> None:
-        self.source.release()
-
-    def end(self) -> None:
-        if hasattr(self, "source"):
-            self.release()
-
-    def _passing(self) -> ModuleLoss:
-        """The same loss, whose graphs nobody keeps."""
-        return self.stored.fresh(keep_graphs=False)
-
-    def _evaluate(self, stored: ModuleLoss) -> tuple[Tensor, Tensor]:
-        losses: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for weight, graph in stored.graphs():
-            losses.append(weight * graph.root.detach().double())
-            part = _flat(vjp([graph.root], self.params), self.params).mul_(weight)
-            gradients = [part if not gradients else gradients[0].add_(part)]
-        return torch.stack(losses).sum(), self.peers.mean_(gradients[0])
-
-
-class _Recording(record_loss):
-    """Takes the gradients as ``backward`` leaves them."""
-
-    gradient: Tensor
-
-    def __init__(self, params: list[Tensor], outputs: Any) -> None:
-        super().__init__(outputs)
-        self._of = params
-
-    @override
-    def _backward(self, *args: Any, **kwargs: Any) -> None:
-        if self._root is None and any(p.grad is not None and bool(p.grad.any()) for p in self._of):
-            raise RuntimeError(
-                "there are gradients already where `backward` begins. Without `accumulate_grad_batches`: call "
-                "`zero_grad` in the closure. With it: the loss of the last batch would be tested against the gradient "
-                "of all; raise the batch size, or attach `fulgurite.callbacks.CurvatureBatches()`"
-            )
-        super()._backward(*args, **kwargs)
-        if any(p.grad is not None and p.grad.layout != torch.strided for p in self._of):
-            raise NoSparseGradientError("GradientRegularizedNewton", " Use `sparse=False`")
-        self.gradient = _flat([p.grad for p in self._of], self._of)
-
-
-def _flat(gradients: Sequence[Tensor | None], params: list[Tensor]) -> Tensor:
-    """``(P,)``, in single precision at least."""
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
-    pairs = zip(gradients, params, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g.detach()).reshape(-1).to(dtype) for g, p in pairs])
-
-
-@contextmanager
-def _watch_buffers(found: dict[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Notes the buffers of every module that runs within the block, as they are before it does."""
-
-    def note(module: nn.Module, args: Any) -> None:
-        for buffer in module._buffers.values():
-            if buffer is not None and id(buffer) not in found:
-                found[id(buffer)] = (buffer, buffer.detach().clone())
-
-    handle = register_module_forward_pre_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _put_back(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for buffer, value in buffers:
-        buffer.data.copy_(value)
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    """Of torch's generators on the host and on the device."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
