@@ -30,6 +30,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/fedspeed.py
 	$(BIN)/python benchmarks/gradient_coherence.py
 	$(BIN)/python benchmarks/hessian_spectrum.py
+	$(BIN)/python benchmarks/gradient_regularized_newton.py
 	$(BIN)/python benchmarks/refresh.py
 clean:
 	rm -rf build $(VENV)

@@ -355,7 +355,7 @@ def split(graph: LossGraph) -> list[Tensor]:
     if not outputs:
         raise ValueError(
             "no known loss function was called with a prediction: pass `outputs=<submodule>` to the recorder, or take "
-            "the `HessianOperator`"
+            "the `HessianOperator`, which is `curvature='hessian'` of an optimizer"
         )
     if any(output.is_leaf for output in outputs):
         raise ValueError("a recorded output is itself a parameter: take the `HessianOperator`")

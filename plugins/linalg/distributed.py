@@ -43,6 +43,8 @@ class Peers:
 
     def decide(self, choice: bool, device: torch.device) -> bool:
         """Rank 0's choice."""
+        if self.size == 1:
+            return choice
         return bool(self.agree_(torch.tensor(choice, dtype=torch.uint8, device=device)))
 
 

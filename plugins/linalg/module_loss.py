@@ -1,5 +1,6 @@
 """Runs a module's own step on stored batches, as often as curvature needs it, and leaves no trace."""
 
+import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
@@ -31,6 +32,7 @@ class ModuleLoss:
             holds the activations of all batches. ``"auto"`` keeps them where there is one batch.
         frozen: put back what the step changes: buffers, metrics, generators; logs are muted.
         context: entered around each step, such as autocast.
+        seed: other random numbers for another one, such as the number of the optimizer's step.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class ModuleLoss:
         keep_graphs: bool | Literal["auto"] = "auto",
         frozen: bool = True,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        seed: int = 0,
     ) -> None:
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ValueError(
@@ -60,7 +63,8 @@ class ModuleLoss:
         self.weights = list(weights) if weights is not None else [1 / len(batches)] * len(batches)
         self.keep_graphs = len(batches) == 1 if keep_graphs == "auto" else keep_graphs
         self.frozen, self.context = frozen, context
-        self._seeds = [derived_seed("ModuleLoss", torch.initial_seed(), index) for index in range(len(batches))]
+        key = ("ModuleLoss", torch.initial_seed(), seed)
+        self._seeds = [derived_seed(*key, index) for index in range(len(batches))]
         self._graphs: dict[int, LossGraph] = {}
 
     @property
@@ -88,6 +92,23 @@ class ModuleLoss:
                 with self._running(index):
                     losses.append(self._loss(index).detach().double().reshape(()))
         return torch.stack(losses) @ torch.tensor(self.weights, dtype=torch.float64, device=losses[0].device)
+
+    def fresh(self, n_batches: int | None = None, keep_graphs: bool | None = None) -> "ModuleLoss":
+        """The mean over the first batches, without a graph yet, of steps that see the same random numbers.
+
+        Args:
+            n_batches: None for all.
+            keep_graphs: None for as it is here.
+        """
+        other = copy.copy(self)
+        other._graphs = {}
+        if n_batches is not None:
+            total = sum(self.weights[:n_batches])
+            other.batches = self.batches[:n_batches]
+            other.weights = [weight * sum(self.weights) / total for weight in self.weights[:n_batches]]
+        if keep_graphs is not None:
+            other.keep_graphs = keep_graphs
+        return other
 
     def release(self) -> None:
         """Frees the kept graphs: before the weights change. What is asked for next is recorded anew."""

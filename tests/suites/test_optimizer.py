@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pytorch_optimizer.base.exception import NoClosureError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fulgurite.plugins.optim import FedSpeed, FedSpeedServer
+from fulgurite.plugins.optim import FedSpeed, FedSpeedServer, GradientRegularizedNewton
 from tests.suites.fits import assert_same, fit, make
 from tests.suites.models import Compiled, Regressor
 
@@ -25,11 +26,17 @@ class Case:
         make: the optimizer of parameters or groups, with settings for a small smooth problem; takes ``lr`` as well.
         steps: after which the distance to the minimiser of a quadratic fell to a hundredth.
         foreach: whether it has that argument.
+        lr: whether it has that argument, and so schedulers and groups of parameters.
+        clipped: whether it takes gradients that the Trainer clipped; else it says why not.
+        closure: whether a step needs one.
     """
 
     make: partial[Optimizer]
     steps: int = 300
     foreach: bool = True
+    lr: bool = True
+    clipped: bool = True
+    closure: bool = True
 
     def __str__(self) -> str:
         return self.make.func.__name__
@@ -37,9 +44,11 @@ class Case:
 
 CASES = [
     Case(partial(FedSpeed, lr=0.05, lam=1.0, rho=0.01, alpha=0.7, local_steps=5)),
-    Case(partial(FedSpeedServer, lr=0.01), steps=1500, foreach=False),
+    Case(partial(FedSpeedServer, lr=0.01), steps=1500, foreach=False, closure=False),
+    Case(partial(GradientRegularizedNewton, curvature="hessian"), steps=20, foreach=False, lr=False, clipped=False),
 ]
 every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)
+with_an_lr = pytest.mark.parametrize("case", [case for case in CASES if case.lr], ids=str)
 
 
 class Quadratic:
@@ -119,7 +128,7 @@ def test_goes_on_exactly_from_its_state(case: Case, through_a_file: bool) -> Non
     assert_same(second.train(optimizer, 5).values(), whole.values())
 
 
-@every_optimizer
+@with_an_lr
 def test_groups_have_their_own_lr(case: Case) -> None:
     problem = Quadratic()
     before = problem.values()
@@ -150,7 +159,7 @@ def test_foreach_or_not(case: Case) -> None:
         assert_same(runs[0], other, tolerance=torch.finfo(torch.float32).eps)
 
 
-@every_optimizer
+@with_an_lr
 def test_follows_a_scheduler(case: Case) -> None:
     problem = Quadratic()
     optimizer = case.make(problem.params)
@@ -162,7 +171,7 @@ def test_follows_a_scheduler(case: Case) -> None:
     assert_same(problem.train(optimizer, 2).values(), after)
 
 
-@every_optimizer
+@with_an_lr
 @pytest.mark.parametrize("lr", [-1.0, 0.0, float("nan"), float("inf")])
 def test_refuses_an_lr_that_is_not_positive(case: Case, lr: float) -> None:
     with pytest.raises(ValueError, match=rf"`lr` .*{lr}"):
@@ -171,10 +180,20 @@ def test_refuses_an_lr_that_is_not_positive(case: Case, lr: float) -> None:
 
 @every_optimizer
 def test_says_what_it_is(case: Case) -> None:
-    optimizer = case.make([nn.Parameter(torch.ones(2))], lr=0.07)
+    optimizer = case.make([nn.Parameter(torch.ones(2))], **({"lr": 0.07} if case.lr else {}))
     assert str(optimizer) == str(case)
     assert str(case) in repr(optimizer)
-    assert "lr: 0.07" in repr(optimizer)
+    assert ("lr: 0.07" in repr(optimizer)) == case.lr
+
+
+@every_optimizer
+def test_says_that_it_needs_a_closure(case: Case) -> None:
+    optimizer = case.make([nn.Parameter(torch.ones(2))])
+    if case.closure:
+        with pytest.raises(NoClosureError, match=f"{case} requires closure.*bf16-mixed"):
+            optimizer.step()
+    else:
+        optimizer.step()
 
 
 # ---- under a Trainer -------------------------------------------------------------------------------------------------
@@ -199,6 +218,10 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def test_fits(case: Case, options: dict[str, Any], tmp_path: Path) -> None:
     module = Regressor(make_optimizer=case.make)
     before = weights(module)
+    if "gradient_clip_val" in options and not case.clipped:
+        with pytest.raises(RuntimeError, match="remove `gradient_clip_val`"):
+            fit(tmp_path, module, "auto", devices=1, **options | {"gradient_clip_val": 1e-6})
+        return
     snapshot = fit(tmp_path, module, "auto", devices=1, **options)
     after = snapshot.read(0)["local"]
     assert all(value.isfinite().all() and not torch.equal(value.float(), before[name]) for name, value in after.items())
@@ -208,6 +231,8 @@ def test_fits(case: Case, options: dict[str, Any], tmp_path: Path) -> None:
 
 @every_optimizer
 def test_clipping_clips(case: Case, tmp_path: Path) -> None:
+    if not case.clipped:
+        pytest.skip("refuses it")
     runs = []
     for clip in (None, 1e-6):
         module = make(make_optimizer=case.make, worker=0)

@@ -143,3 +143,15 @@ def test_refusals() -> None:
 def in_place(module: nn.Module) -> nn.Module:
     module.compile(backend="eager")
     return module
+
+
+def test_a_fresh_loss_is_of_the_first_batches_and_keeps_no_graph_of_the_old() -> None:
+    module, batches = Busy(), [(batch(n=n, seed=n), n) for n in (4, 10)]
+    loss = ModuleLoss(module, batches, keep_graphs=True)
+    first = next(loss.graphs())[1]
+    (weight, graph), *others = loss.fresh(1).graphs()
+    assert (weight, others) == (1, [])
+    assert graph is not first
+    assert graph.loss == first.loss  # the same random numbers
+    assert len([*loss.fresh(keep_graphs=False).graphs()]) == 2
+    assert next(ModuleLoss(module, batches, seed=1).graphs())[1].loss != first.loss

@@ -1,0 +1,61 @@
+"""Lets a Newton step see all micro-batches of an accumulated batch, and logs what it did."""
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from fulgurite.plugins.linalg import ModuleLoss
+from fulgurite.plugins.optim import GradientRegularizedNewton
+
+
+class CurvatureBatches(Callback):
+    """Makes a step of ``GradientRegularizedNewton`` one of all batches that ``accumulate_grad_batches`` joins.
+
+    It keeps the micro-batches, so that loss, gradient, curvature and trial losses are of all of them; dropout masks and
+    buffers repeat in each evaluation, and what ``training_step`` logs is logged once. It logs the optimizer's
+    ``metrics``, ``grn/gamma`` and others, each step. Without accumulation it does the same, and a step costs a gradient
+    more than without the callback. Memory holds the micro-batches, and with one of them the graph of its loss.
+
+    Raises:
+        MisconfigurationException: with another optimizer, with several, or with gradient clipping.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Any, int]] = []
+        self._step = -1
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches, self._step = [], -1
+        kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        if kinds != [GradientRegularizedNewton.__name__]:
+            raise MisconfigurationException(f"`CurvatureBatches` is for one GradientRegularizedNewton, got {kinds}")
+        if trainer.gradient_clip_val:
+            raise MisconfigurationException(
+                f"`gradient_clip_val` is {trainer.gradient_clip_val}: remove it, lambda already bounds the step"
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self._step:
+            self._batches, self._step = [], trainer.global_step
+        self._batches.append((batch, batch_idx))
+        (optimizer,) = trainer.optimizers
+        assert isinstance(optimizer, GradientRegularizedNewton)
+        context = trainer.precision_plugin.forward_context
+        loss = ModuleLoss(
+            pl_module, self._batches, outputs=optimizer.recorded, context=context, seed=trainer.global_step
+        )
+        optimizer.use(loss)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._step:
+            (optimizer,) = trainer.optimizers
+            assert isinstance(optimizer, GradientRegularizedNewton)
+            pl_module.log_dict(optimizer.metrics)
+            self._batches = []

@@ -1,0 +1,45 @@
+"""The example's promises, to a coarser target."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import gradient_regularized_newton
+
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield gradient_regularized_newton
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_three_trainings_a_table_a_figure_and_their_logs(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = example.main(target=0.03, seconds=30.0, folder=tmp_path)
+    adam, lbfgs, newton = runs
+    assert [run.name for run in runs] == list(example.COLOURS)
+    assert all(min(run.norms) <= 0.03 for run in (adam, lbfgs, newton))
+    assert newton.steps < 20
+    assert adam.units == [*range(1, len(adam.units) + 1)]  # one gradient a step
+    assert newton.units == sorted(newton.units)
+    assert newton.units[-1] > len(newton.units) + 2 * newton.steps  # products count
+
+    printed, _ = capfd.readouterr()
+    for run in runs:
+        (row,) = (row for row in printed.splitlines() if row.startswith(f" {run.name} "))
+        assert f" {run.steps:,} " in row
+    store = tmp_path / "runs" / "gradient_regularized_newton"
+    assert (store / "gradient_regularized_newton.png").read_bytes().startswith(b"\x89PNG")
+    logged = (store / "gradientregularizednewton" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert "grn/gamma" in logged.split(",")
