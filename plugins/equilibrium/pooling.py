@@ -1,5 +1,8 @@
 """Max pooling's smooth sibling, which is holomorphic."""
 
+from collections.abc import Callable
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,8 +30,9 @@ class SoftmaxPool2d(nn.Module):
     @override
     def forward(self, z: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, H // k, W // k)``."""
-        windows = self._windows(z)
-        return (windows * self._shares(windows)).sum((3, 5))
+        z = self._whole_windows(z)
+        weights = self._weights(z)
+        return self._fold(torch.add, z * weights) / self._fold(torch.add, weights)
 
     def transpose(self, z: Tensor, v: Tensor) -> Tensor:
         """The derivative of ``sum(pool(z) v)`` with respect to ``z``, itself holomorphic in both.
@@ -37,20 +41,31 @@ class SoftmaxPool2d(nn.Module):
             z: ``(B, C, H, W)``.
             v: ``(B, C, H // k, W // k)``.
         """
-        windows = self._windows(z)
-        shares = self._shares(windows)
-        pooled = (windows * shares).sum((3, 5), keepdim=True)
-        slopes = shares * (1 + (windows - pooled) / self.temperature) * v[:, :, :, None, :, None]
-        slopes = slopes.flatten(4, 5).flatten(2, 3)
-        return F.pad(slopes, (0, z.shape[3] - slopes.shape[3], 0, z.shape[2] - slopes.shape[2]))
+        height, width = z.shape[2:]
+        z = self._whole_windows(z)
+        weights = self._weights(z)
+        total = self._fold(torch.add, weights)
+        pooled = self._fold(torch.add, z * weights) / total
+        # v times share times (1 + (z - pooled) / t), with all that is the same within a window worked out there.
+        slope = v / (total * self.temperature)
+        grad = weights * self._spread(slope) * (z + self._spread(self.temperature - pooled))
+        return F.pad(grad, (0, width - z.shape[3], 0, height - z.shape[2]))
 
-    def _windows(self, z: Tensor) -> Tensor:
-        k = self.kernel_size
-        rows, columns = z.shape[2] // k, z.shape[3] // k
-        return z[:, :, : rows * k, : columns * k].reshape(*z.shape[:2], rows, k, columns, k)
+    def _whole_windows(self, z: Tensor) -> Tensor:
+        height, width = (edge - edge % self.kernel_size for edge in z.shape[2:])
+        return z[:, :, :height, :width]
 
-    def _shares(self, windows: Tensor) -> Tensor:
+    def _weights(self, z: Tensor) -> Tensor:
         # The shift is a constant, which cancels: the maximum itself is not holomorphic.
-        shift = windows.detach().real.amax((3, 5), keepdim=True)
-        weights = torch.exp((windows - shift) / self.temperature)
-        return weights / weights.sum((3, 5), keepdim=True)
+        highest = self._fold(torch.maximum, z.detach().real)
+        return torch.exp((z - self._spread(highest)) / self.temperature)
+
+    def _fold(self, operation: Callable[[Tensor, Tensor], Tensor], z: Tensor) -> Tensor:
+        """One value a window; whole rows at a time, several times as fast as a reduction over its axes."""
+        k = self.kernel_size
+        rows = reduce(operation, [z[..., place::k, :] for place in range(k)])
+        return reduce(operation, [rows[..., place::k] for place in range(k)])
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """The value of a window to each of its pixels."""
+        return values.repeat_interleave(self.kernel_size, 3).repeat_interleave(self.kernel_size, 2)
