@@ -44,9 +44,9 @@ from fulgurite.plugins.equilibrium.activations import slope
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ep": ("EP", {"gradient": "ep"}),
     "homeostasis": ("EP, homeostasis", {"gradient": "ep", "estimator": "vjp"}),
-    "homeostasis_exact": ("EP, homeostasis in closed form", {"gradient": "ep", "estimator": "exact"}),
+    "homeostasis_exact": ("EP, homeostasis,\nclosed form", {"gradient": "ep", "estimator": "exact"}),
     "adjoint": ("exact adjoint", {"gradient": "adjoint"}),
-    "unroll": ("backpropagation through the steps", {"gradient": "unroll"}),
+    "unroll": ("backpropagation\nthrough the steps", {"gradient": "unroll"}),
 }
 SEEDS = range(10)
 EPOCHS, LR, COEF, T1 = 20, 8e-3, 1.0, 40
@@ -378,19 +378,21 @@ COLOURS = {  # as in _plots, Okabe and Ito's
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Accuracy and cosine of each seed, and the error of the nudges."""
+    """Accuracy of each seed, mean cosines, and the error of the nudges."""
     if not {"accuracy", "error"} <= set(results):
         return []
     with mpl.rc_context(PAGE):
         figure, (seeds, errors) = plt.subplots(1, 2, figsize=(7, 3))
-        for name, (label, _) in METHODS.items():
-            rows = results["accuracy"]["methods"][name]
-            x, y = rows["cosine"]["of_seeds"], [100 * value for value in rows["accuracy"]["of_seeds"]]
-            if name != "homeostasis_exact":
-                marker = "x" if name == "unroll" else "o"
-                seeds.scatter(x, y, s=16, color=COLOURS[name], label=label, marker=marker, linewidths=1)
-        seeds.set(xlabel="cosine with the exact error", ylabel="test accuracy, %")
-        seeds.legend(loc="lower right", fontsize=7.5)
+        labels = []
+        for row, (name, (label, options)) in enumerate(METHODS.items()):
+            found = results["accuracy"]["methods"][name]
+            values = [100 * value for value in found["accuracy"]["of_seeds"]]
+            seeds.scatter(values, [row] * len(values), s=18, color=COLOURS[name], alpha=0.6, linewidths=0)
+            measured = f"{fmean(found['cosine']['of_seeds']):.2f}" if options["gradient"] == "ep" else "1"
+            labels.append(f"{label}\ncosine {measured}")
+        seeds.set_yticks(range(len(METHODS)), labels, fontsize=7.5)
+        seeds.set(xlabel="test accuracy, %")
+        seeds.invert_yaxis()
         seeds.set_title("Digits, a mark a seed")
         shades = plt.get_cmap("viridis")
         for index, points in enumerate(POINTS):
@@ -398,7 +400,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
             colour = shades(index / len(POINTS))
             errors.loglog(results["error"]["setting"]["beta"], values, "o-", markersize=3, color=colour, label=points)
         errors.set(xlabel="radius beta", ylabel="relative error of the response")
-        errors.legend(title="points", fontsize=7.5, loc="lower right", ncols=2)
+        errors.legend(title="points", fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
         errors.set_title("Error of the nudges")
         path = folder / "jacobian_homeostasis.png"
         figure.savefig(path)
