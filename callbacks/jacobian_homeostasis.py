@@ -132,7 +132,7 @@ class JacobianHomeostasis(Callback):
 
     def _penalise(self, layer: EquilibriumLayer, args: Any, out: Tensor) -> Tensor | None:
         """The forward hook."""
-        if self._weight is None or not layer.training or not torch.is_grad_enabled():
+        if self._weight is None or not torch.is_grad_enabled():
             return None
         device = layer.last_state.device
         seed = derived_seed(self._seed, "homeostasis", self._rank, self._draws)

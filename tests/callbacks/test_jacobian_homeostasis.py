@@ -273,6 +273,14 @@ def test_precisions(precision: Any) -> None:
     assert trainer.callback_metrics["homeostasis/loss"].isfinite()
 
 
+def test_probes_are_not_rounded_under_mixed_precision() -> None:
+    first = [
+        fit(make(), JacobianHomeostasis(), precision=precision, max_steps=1).callback_metrics["homeostasis/loss"].item()
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+
+
 def test_manual_optimization() -> None:
     class Manual(Classifier):
         automatic_optimization = False
