@@ -31,6 +31,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/gradient_coherence.py
 	$(BIN)/python benchmarks/hessian_spectrum.py
 	$(BIN)/python benchmarks/gradient_regularized_newton.py
+	$(BIN)/python benchmarks/jacobian_homeostasis.py
 	$(BIN)/python benchmarks/refresh.py
 clean:
 	rm -rf build $(VENV)

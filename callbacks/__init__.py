@@ -5,6 +5,7 @@ from fulgurite.callbacks.curvature_batches import CurvatureBatches
 from fulgurite.callbacks.figures import log_figure
 from fulgurite.callbacks.gradient_coherence import GradientCoherence
 from fulgurite.callbacks.hessian_spectrum import HessianSpectrum
+from fulgurite.callbacks.jacobian_homeostasis import JacobianHomeostasis
 from fulgurite.callbacks.robust_validation import RobustValidation
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CurvatureBatches",
     "GradientCoherence",
     "HessianSpectrum",
+    "JacobianHomeostasis",
     "RobustValidation",
     "log_figure",
 ]
