@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fulgurite.plugins.optim import FedSpeed, FedSpeedServer
+from fulgurite.plugins.optim import ExponentiatedGradient, FedSpeed, FedSpeedServer
 from tests.suites.fits import assert_same, fit, make
 from tests.suites.models import Compiled, Regressor
 
@@ -25,11 +25,13 @@ class Case:
         make: the optimizer of parameters or groups, with settings for a small smooth problem; takes ``lr`` as well.
         steps: after which the distance to the minimiser of a quadratic fell to a hundredth.
         foreach: whether it has that argument.
+        low_precision: whether it takes bfloat16 parameters.
     """
 
     make: partial[Optimizer]
     steps: int = 300
     foreach: bool = True
+    low_precision: bool = True
 
     def __str__(self) -> str:
         return self.make.func.__name__
@@ -37,6 +39,7 @@ class Case:
 
 CASES = [
     Case(partial(FedSpeed, lr=0.05, lam=1.0, rho=0.01, alpha=0.7, local_steps=5)),
+    Case(partial(ExponentiatedGradient, lr=0.03, momentum=0.5, hypentropy=1.0), low_precision=False),
     Case(partial(FedSpeedServer, lr=0.01), steps=1500, foreach=False),
 ]
 every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)
@@ -197,6 +200,8 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     ids=str,
 )
 def test_fits(case: Case, options: dict[str, Any], tmp_path: Path) -> None:
+    if options.get("precision") == "bf16-true" and not case.low_precision:
+        pytest.skip("refuses such parameters")
     module = Regressor(make_optimizer=case.make)
     before = weights(module)
     snapshot = fit(tmp_path, module, "auto", devices=1, **options)
