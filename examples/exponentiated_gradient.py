@@ -56,7 +56,8 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.hparams["optimizer"] == "EG":
-            return ExponentiatedGradient(dale_groups(self), lr=self.hparams["lr"], momentum=0.9)  # the changed line
+            # The changed line; the bound, a tenth of a weight a step, is for the first steps, which may be long.
+            return ExponentiatedGradient(dale_groups(self), lr=self.hparams["lr"], momentum=0.9, max_log_step=0.1)
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9)
 
 
