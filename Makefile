@@ -28,6 +28,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/streaming_diloco.py
 	$(BIN)/python benchmarks/federated.py
 	$(BIN)/python benchmarks/fedspeed.py
+	$(BIN)/python benchmarks/exponentiated_gradient.py
 	$(BIN)/python benchmarks/refresh.py
 clean:
 	rm -rf build $(VENV)

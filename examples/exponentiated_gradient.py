@@ -42,7 +42,8 @@ class Classifier(LightningModule):
     def __init__(self, optimizer: str, lr: float, inputs: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.layers = dale_init_(nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, CLASSES)))
+        self.layers = nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+        dale_init_(self.layers, gain=1.0)
         for layer in (self.layers[0], self.layers[2]):
             nn.init.zeros_(layer.bias)
 

@@ -15,8 +15,8 @@ from typing_extensions import override
 Zeros = Literal["error", "keep"]
 Row = tuple[Tensor, ...]  # a parameter, its gradient and its buffers
 
-_CPU_CHUNK = 2**16  # elements whose temporaries stay in a core's cache
-_DEVICE_CHUNK = 2**24  # elsewhere launches cost more than memory traffic
+_CPU_CHUNKS = 2**16, 2**18  # elements that are joined, and elements of a block: temporaries stay in the cache
+_DEVICE_CHUNKS = 2**24, 2**24  # elsewhere launches cost more than memory traffic
 
 
 class ExponentiatedGradient(BaseOptimizer):
@@ -134,7 +134,7 @@ class ExponentiatedGradient(BaseOptimizer):
         for group in self.param_groups:
             self.init_group(group)
             for (age, device, _), rows in self._rows(group).items():
-                for chunk in _chunks(rows, group["foreach"], _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK):
+                for chunk in _chunks(rows, group["foreach"], *_CPU_CHUNKS if device.type == "cpu" else _DEVICE_CHUNKS):
                     _update(group, age, chunk)
             if group["normalize"]:
                 for p in group["params"]:
@@ -190,20 +190,20 @@ def dale_groups(module: nn.Module, *, bias_hypentropy: float = 1.0) -> list[dict
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 
-def _chunks(rows: list[Row], foreach: bool | None, size: int) -> Iterator[list[Row]]:
-    """Rows to update together: small ones up to ``size`` elements, and large ones alone, in blocks of that size."""
+def _chunks(rows: list[Row], foreach: bool | None, joined: int, block: int) -> Iterator[list[Row]]:
+    """Rows to update together: small ones up to ``joined`` elements, and larger ones alone, in blocks."""
     together: list[Row] = []
     count = 0
     for row in rows:
         numel = row[0].numel()
-        if foreach or (foreach is None and numel <= size):
-            if not foreach and count + numel > size:
+        if foreach or (foreach is None and numel <= joined):
+            if together and not foreach and count + numel > joined:
                 yield together
                 together, count = [], 0
             together.append(row)
             count += numel
         else:
-            yield from ([block] for block in _blocks(row, size))
+            yield from ([part] for part in _blocks(row, block))
     if together:
         yield together
 
@@ -274,8 +274,8 @@ def _hypentropy_step(w: Tensor, e: Tensor, b: float) -> Tensor:
 
 
 def _keep_signs_(w: Tensor, sign: Tensor) -> None:
-    """An underflow to 0 would lose the sign for ever."""
-    w.abs_().clamp_min_(torch.finfo(w.dtype).tiny).mul_(sign)
+    """An underflow to 0 would lose the sign for ever; what is added rounds away in weights of any use."""
+    w.add_(sign, alpha=torch.finfo(w.dtype).tiny)
 
 
 def _normalize_rows(w: Tensor, norm: float) -> None:

@@ -165,18 +165,18 @@ def reference(w: Tensor, gradients: list[Tensor], lr: float, **o: Any) -> Tensor
 
 
 @pytest.mark.parametrize("options", SETTINGS[:-1], ids=str)
-@pytest.mark.parametrize("shape", [(3, 4), (300, 300)], ids=["small", "in blocks"])
+@pytest.mark.parametrize("shape", [(3, 4), (600, 600)], ids=["small", "in blocks"])
 def test_follows_the_rule(options: dict[str, Any], shape: tuple[int, int]) -> None:
     w, gradients = random(*shape, seed=0), [random(*shape, seed=seed) for seed in range(1, 5)]
     got = stepped(w, *gradients, **options)
-    probe = slice(0, 300) if shape == (3, 4) else slice(65_500, 65_800)  # where one block ends and the next begins
+    probe = slice(0, 300) if shape == (3, 4) else slice(262_000, 262_300)  # where one block ends and the next begins
     expected = reference(w.flatten()[probe], [gradient.flatten()[probe] for gradient in gradients], 0.1, **options)
     torch.testing.assert_close(got.flatten()[probe], expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_together_in_blocks_or_one_by_one(options: dict[str, Any]) -> None:
-    shapes = [(5, 3), (7,), (400, 300), (), (64, 1200), (2, 3, 3, 3)]
+    shapes = [(5, 3), (7,), (700, 400), (), (640, 420), (2, 3, 3, 3)]
     start = [random(*shape, seed=i).float() for i, shape in enumerate(shapes)]
     start[4] = start[4].t().contiguous().t()  # strides that no flat view has
     runs = []
@@ -211,6 +211,7 @@ def test_an_underflow_keeps_the_sign(options: dict[str, Any]) -> None:
     got = stepped(w, g, g, lr=80.0, **options)
     assert torch.equal(got.sign(), w.sign())
     assert got.isfinite().all() or not options
+    assert (got.abs() >= torch.finfo(torch.float32).tiny).all()
     back = stepped(stepped(w, g, lr=80.0)[:, :2], -g[:, :2], lr=1.0)
     assert (back.abs() > torch.finfo(torch.float32).tiny).all()
 
