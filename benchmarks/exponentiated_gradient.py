@@ -40,8 +40,8 @@ LR, MOMENTUM = 1e-3, 0.9
 STEP_NOTE = (
     "Seconds of an optimizer step with momentum 0.9 and given gradients, by contenders that take turns; ratios are"
     " within a turn. `sgd` is torch.optim.SGD(foreach=True), `loop` the signed multiplicative rule tensor by tensor,"
-    " with temporaries of a tensor's size, `eg` ours. Memory is resident memory of a process of its own, in bytes a"
-    " parameter: `kept` after the first step, `peak` the most within the second beyond what was there before it."
+    " with temporaries of a tensor's size, `eg` ours. Memory is the most that two steps add to the resident memory of a"
+    " process of its own, buffers and temporaries, in bytes a parameter."
 )
 Take = Callable[[], object]
 
@@ -128,20 +128,18 @@ def step_times(takes: dict[str, Take], turns: int) -> dict[str, list[float]]:
 
 def memory_of(name: str, tensors: int, elements: int) -> dict[str, float]:
     with get_context("fork").Pool(1, torch.set_num_threads, (1,)) as pool:
-        kept, peak = pool.apply(resident, (name, tensors, elements))
-    say(f"memory of {name}", {"kept": kept, "peak": peak})
-    return {"kept_bytes_per_parameter": kept, "peak_bytes_per_parameter": peak}
+        peak = pool.apply(resident, (name, tensors, elements))
+    say(f"memory of {name}", {"peak": peak})
+    return {"peak_bytes_per_parameter": peak}
 
 
-def resident(name: str, tensors: int, elements: int) -> tuple[float, float]:
+def resident(name: str, tensors: int, elements: int) -> float:
     optimizer = make(name, tensors, elements)
-    before = status("VmRSS")
-    optimizer.step()
-    after = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    optimizer.step()
-    count = tensors * elements
-    return (after - before) / count, (status("VmHWM") - after) / count
+    before = status("VmRSS")
+    for _ in range(2):
+        optimizer.step()
+    return (status("VmHWM") - before) / (tensors * elements)
 
 
 def status(key: str) -> int:

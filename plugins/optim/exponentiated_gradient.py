@@ -111,14 +111,14 @@ class ExponentiatedGradient(BaseOptimizer):
                 raise RuntimeError(
                     f"{self} needs dense gradients, got {p.grad.layout}: build the embedding with sparse=False"
                 )
-            if p not in self.state:  # empty without buffers, and yet says that this was not the first step
-                self.state[p] = {}
+            if p not in self.state:
                 if group["zeros"] == "error" and group["hypentropy"] == 0 and _is_zero(p):
                     name = f"'{group['param_names'][i]}'" if "param_names" in group else str(i)
                     raise ValueError(
                         f"parameter {name} is all zeros and cannot leave 0 under exponentiated gradient; give its group"
                         " hypentropy > 0 (dale_groups does) or zeros='keep'"
                     )
+                self.state[p] = {}  # empty without buffers, and yet says that the first step was taken
             if group.get("betas") and "exp_avg" not in self.state[p]:
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[p] |= {"step": torch.tensor(0.0), **moments}
@@ -133,6 +133,7 @@ class ExponentiatedGradient(BaseOptimizer):
                 loss = closure()
         for group in self.param_groups:
             self.init_group(group)
+        for group in self.param_groups:
             for (age, device, _), rows in self._rows(group).items():
                 for chunk in _chunks(rows, group["foreach"], *_CPU_CHUNKS if device.type == "cpu" else _DEVICE_CHUNKS):
                     _update(group, age, chunk)
