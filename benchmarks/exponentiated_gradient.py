@@ -7,6 +7,7 @@ handwritten digits, alone and among irrelevant inputs, with the best of three ra
 its part of ``results/exponentiated_gradient.json``; ``--quick`` does little of it, into ``build/benchmarks``.
 """
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -81,8 +82,8 @@ def make(name: str, tensors: int, elements: int) -> Optimizer:
 
 def step(quick: bool) -> dict[str, Any]:
     """Time at five sizes, memory at the largest."""
-    found = {name: step_results(*shape, turns=5 if quick else 41) for name, shape in SIZES.items()}
     memory = {name: memory_of(name, *SIZES["ten_of_1000000"]) for name in CONTENDERS}
+    found = {name: step_results(*shape, turns=5 if quick else 41) for name, shape in SIZES.items()}
     large = found["ten_of_1000000"]["ratios"]["eg_over_sgd"]["median"]
     small = found["thousand_of_500"]["ratios"]
     over_sgd, under_loop = small["eg_over_sgd"]["median"], small["loop_over_eg"]["median"]
@@ -135,6 +136,7 @@ def memory_of(name: str, tensors: int, elements: int) -> dict[str, float]:
 
 def resident(name: str, tensors: int, elements: int) -> float:
     optimizer = make(name, tensors, elements)
+    ctypes.CDLL(None).malloc_trim(0)  # else what was freed before would be taken again and not count
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     for _ in range(2):
