@@ -32,6 +32,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/hessian_spectrum.py
 	$(BIN)/python benchmarks/gradient_regularized_newton.py
 	$(BIN)/python benchmarks/jacobian_homeostasis.py
+	$(BIN)/python benchmarks/exponentiated_gradient.py
 	$(BIN)/python benchmarks/refresh.py
 clean:
 	rm -rf build $(VENV)

@@ -13,7 +13,7 @@ from pytorch_optimizer.base.exception import NoClosureError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fulgurite.plugins.optim import FedSpeed, FedSpeedServer, GradientRegularizedNewton
+from fulgurite.plugins.optim import ExponentiatedGradient, FedSpeed, FedSpeedServer, GradientRegularizedNewton
 from tests.suites.fits import assert_same, fit, make
 from tests.suites.models import Compiled, Regressor
 
@@ -29,6 +29,7 @@ class Case:
         lr: whether it has that argument, and so schedulers and groups of parameters.
         clipped: whether it takes gradients that the Trainer clipped; else it says why not.
         closure: whether a step needs one.
+        low_precision: whether it takes bfloat16 parameters.
     """
 
     make: partial[Optimizer]
@@ -37,6 +38,7 @@ class Case:
     lr: bool = True
     clipped: bool = True
     closure: bool = True
+    low_precision: bool = True
 
     def __str__(self) -> str:
         return self.make.func.__name__
@@ -46,6 +48,7 @@ CASES = [
     Case(partial(FedSpeed, lr=0.05, lam=1.0, rho=0.01, alpha=0.7, local_steps=5)),
     Case(partial(FedSpeedServer, lr=0.01), steps=1500, foreach=False, closure=False),
     Case(partial(GradientRegularizedNewton, curvature="hessian"), steps=20, foreach=False, lr=False, clipped=False),
+    Case(partial(ExponentiatedGradient, lr=0.03, momentum=0.5, hypentropy=1.0), low_precision=False, closure=False),
 ]
 every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)
 with_an_lr = pytest.mark.parametrize("case", [case for case in CASES if case.lr], ids=str)
@@ -216,6 +219,8 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     ids=str,
 )
 def test_fits(case: Case, options: dict[str, Any], tmp_path: Path) -> None:
+    if options.get("precision") == "bf16-true" and not case.low_precision:
+        pytest.skip("refuses such parameters")
     module = Regressor(make_optimizer=case.make)
     before = weights(module)
     if "gradient_clip_val" in options and not case.clipped:
