@@ -143,7 +143,7 @@ def _gram(calls: list[Outer], rows: slice) -> Tensor:
         left, right = terms[0]
         return (_square(left) if left.shape[1] == 1 else left.square().sum(3)) * _square(right)
     kinds = [[term for call, term in zip(calls, terms, strict=True) if call.ids == ids] for ids in (False, True)]
-    merged = [tuple(torch.cat(side, 2) for side in zip(*kind, strict=True)) for kind in kinds if kind]
+    merged = [tuple(_joined(side) for side in zip(*kind, strict=True)) for kind in kinds if kind]
     left, right = merged[0]
     parts = [_inner(left, left) * (right @ right.transpose(2, 3))]
     for ids, seeds in merged[1:]:
@@ -159,6 +159,10 @@ def _inner(left: Tensor, other: Tensor) -> Tensor:
     if other.dim() == 3:
         return left.gather(3, other[:, :, None, :].expand(-1, -1, left.shape[2], -1))
     return left @ other.transpose(2, 3)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0]
 
 
 def _square(rows: Tensor) -> Tensor:
