@@ -186,6 +186,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
             medians = [ratios["median"] for ratios in found]
             whiskers = [[r["median"] - r["q25"] for r in found], [r["q75"] - r["median"] for r in found]]
             axes.barh(list(names.values()), medians, color=colours, xerr=whiskers, ecolor="#333333")
+            axes.set_xscale("log")
             axes.axvline(1, color="#000000", linewidth=0.8)
             axes.set_title(case)
             axes.grid(axis="y", visible=False)
