@@ -180,14 +180,16 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     names |= {"vmap": "vmap(grad)"}
     colours = ["#d55e00", "#0072b2", "#56b4e9", "#7f7f7f"]
     with mpl.rc_context(PAGE):
-        figure, panels = plt.subplots(1, 3, figsize=(7, 2.2), sharey=True)
+        figure, panels = plt.subplots(1, 3, figsize=(7, 2.2), sharey=True, sharex=True)
         for axes, case in zip(panels, TARGETS, strict=True):
             found = [results["cost"][case]["ratios"][f"{name}_over_plain"] for name in names]
             medians = [ratios["median"] for ratios in found]
             whiskers = [[r["median"] - r["q25"] for r in found], [r["q75"] - r["median"] for r in found]]
             axes.barh(list(names.values()), medians, color=colours, xerr=whiskers, ecolor="#333333")
             axes.set_xscale("log")
-            axes.axvline(1, color="#000000", linewidth=0.8)
+            axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+            axes.set_xlim(1, 150)
+            axes.minorticks_off()
             axes.set_title(case)
             axes.grid(axis="y", visible=False)
         panels[0].invert_yaxis()
