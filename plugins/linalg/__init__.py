@@ -1,7 +1,8 @@
 """Curvature of the loss that a training step computes: matrix-free operators, Krylov methods and spectra."""
 
 from fulgurite.plugins.linalg.curvature import FisherOperator, GGNOperator, HessianOperator, LossOperator
-from fulgurite.plugins.linalg.example_gradients import Uses, example_gradients, per_example_sq_norms
+from fulgurite.plugins.linalg.example_gradients import example_gradients, per_example_sq_norms
+from fulgurite.plugins.linalg.example_uses import Uses
 from fulgurite.plugins.linalg.krylov import CGResult, EigenResult, LanczosResult, Ritz, cg, eigsh, lanczos
 from fulgurite.plugins.linalg.module_loss import ModuleLoss
 from fulgurite.plugins.linalg.operators import (

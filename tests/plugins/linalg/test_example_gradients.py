@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fulgurite.plugins.linalg.example_gradients import Uses, example_gradients, per_example_sq_norms
+from fulgurite.plugins.linalg import Uses, example_gradients, per_example_sq_norms
 
 B, V, D, L = 6, 11, 8, 5
 Seq = nn.Sequential
@@ -271,7 +271,7 @@ def test_attention_with_the_batch_second() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_memory_is_that_of_a_chunk(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never is a gradient of all examples at once made."""
-    inner = importlib.import_module("fulgurite.plugins.linalg.example_gradients")  # the name is the function's too
+    inner = importlib.import_module("fulgurite.plugins.linalg.example_uses")
     largest = 0
     whole = inner._square
 
