@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from fulgurite.callbacks.requirements import matching_parameters, patterns_of, require_whole_parameters
 from fulgurite.plugins.linalg import Uses, example_gradients
 from fulgurite.plugins.optim.coherent_gradients import median_of_three, winsorized_mean
 
@@ -29,7 +28,7 @@ class CoherentGradients(Callback):
     Each optimizer step, before clipping, the mean gradient is replaced, coordinate by coordinate:
 
     - ``"winsorize"``: by the mean over examples once their extreme values are clipped, out of the step's own backward;
-      one process, and no accumulation.
+      one process, no accumulation, and modules that have the batch first.
     - ``"m3"``: by the median of the means of three parts of the batch: of the micro-batches in order where
       ``accumulate_grad_batches`` is divisible by 3, else of three groups of ranks under DDP.
     - ``"rm3"``: by the median of the gradients of this step and the two before.
@@ -39,7 +38,7 @@ class CoherentGradients(Callback):
     Args:
         rule: one of these.
         c: of ``"winsorize"``, the share of examples to clip at each end, in ``[0, 0.5)``.
-        exclude: patterns of names of parameters that keep their mean, as ``"*.bias"``.
+        exclude: patterns of names of parameters or modules that keep their mean, as ``"*.bias"``.
 
     Raises:
         ValueError: an argument out of its range.
@@ -48,12 +47,13 @@ class CoherentGradients(Callback):
             one parameter.
     """
 
-    def __init__(self, rule: Rule, c: float = 0.1, exclude: Sequence[str] = ()) -> None:
+    def __init__(self, rule: Rule, c: float = 0.1, exclude: str | Sequence[str] = ()) -> None:
         if rule not in get_args(Rule):
             raise ValueError(f"`rule` is one of {', '.join(get_args(Rule))}, got {rule!r}")
         if not 0 <= c < 0.5:
             raise ValueError(f"`c` is the share of examples to clip at each end, in [0, 0.5), got {c}")
-        self.rule, self.c, self.exclude = rule, c, tuple(exclude)
+        self.rule, self.c, self.exclude = rule, c, patterns_of(exclude) or ()
+        self._names: list[str] = []
         self._open = ExitStack()
         self._parts: list[dict[str, Tensor]] = []  # winsorized gradients, or their sums at the borders of parts
         self._passes = 0
@@ -63,11 +63,11 @@ class CoherentGradients(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        by_hand = not pl_module.automatic_optimization
-        if by_hand or isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        self._past = []  # of an earlier fit; a checkpoint brings its own, later
+        require_whole_parameters(self, trainer)
+        if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                "`CoherentGradients` replaces whole gradients between the backward and the step: use automatic "
-                'optimization, and `strategy="ddp"` for several processes'
+                "`CoherentGradients` replaces gradients between the backward and the step: use automatic optimization"
             )
         accumulate, ranks = trainer.accumulate_grad_batches, trainer.world_size
         if self.rule == "winsorize" and (accumulate > 1 or ranks > 1):
@@ -84,13 +84,18 @@ class CoherentGradients(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._parts, self._passes = [], 0
+        excluded = matching_parameters(pl_module, self.exclude, "exclude") if self.exclude else {}
+        named = pl_module.named_parameters()
+        self._names = [name for name, param in named if param.requires_grad and name not in excluded]
+        if not self._names:
+            raise ValueError(f"`exclude` {list(self.exclude)} leaves no parameter: leave the callback out")
         if self._by_ranks(trainer):
             model = trainer.strategy.model
             if not isinstance(model, DistributedDataParallel):
                 raise MisconfigurationException(
                     f'`rule="m3"` over ranks needs `strategy="ddp"`, got {type(trainer.strategy).__name__}'
                 )
-            kept = {id(param) for name, param in pl_module.named_parameters() if self._excluded(name)}
+            kept = {id(param) for name, param in pl_module.named_parameters() if name in excluded}
             model.register_comm_hook(kept, median_of_ranks)
 
     @override
@@ -98,8 +103,10 @@ class CoherentGradients(Callback):
         if self.rule == "winsorize":
             self._open.close()
             self._parts = [{}]
-            only = [name for name, _ in self._chosen(pl_module)]
-            self._open.enter_context(example_gradients(pl_module, self._winsorize, only=only))
+            watched = example_gradients(
+                pl_module, self._winsorize, only=self._names, otherwise="name these parameters in `exclude`"
+            )
+            self._open.enter_context(watched)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,6 +126,11 @@ class CoherentGradients(Callback):
         if self.rule == "rm3":
             self._remember(chosen)
         elif self.rule == "winsorize":
+            if not parts:
+                raise RuntimeError(
+                    f'`rule="winsorize"` has one backward a step, and {type(optimizer).__name__} makes several: use '
+                    "another optimizer or rule"
+                )
             for name, param in chosen:
                 _grad(param).copy_(parts[0][name] / scale)
         elif whole and not self._by_ranks(trainer):
@@ -142,12 +154,8 @@ class CoherentGradients(Callback):
     def _by_ranks(self, trainer: Trainer) -> bool:
         return self.rule == "m3" and trainer.accumulate_grad_batches % 3 != 0
 
-    def _excluded(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
-
     def _chosen(self, pl_module: LightningModule) -> list[tuple[str, Parameter]]:
-        named = pl_module.named_parameters()
-        return [(name, param) for name, param in named if param.requires_grad and not self._excluded(name)]
+        return [(name, param) for name, param in pl_module.named_parameters() if name in self._names]
 
     def _winsorize(self, name: str, param: Parameter, uses: Uses) -> None:
         examples = uses.calls[0].examples

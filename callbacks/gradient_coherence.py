@@ -1,20 +1,17 @@
 """How many examples profit from a step on one of them, during any fit."""
 
 import copy
-import importlib.util
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -22,6 +19,12 @@ from typing_extensions import override
 
 from fulgurite.callbacks.figures import log_figure
 from fulgurite.callbacks.logs import log_now
+from fulgurite.callbacks.requirements import (
+    matching_parameters,
+    patterns_of,
+    require_matplotlib,
+    require_whole_parameters,
+)
 from fulgurite.callbacks.training_batches import to_device, training_batches
 from fulgurite.callbacks.untouched import untouched
 from fulgurite.plugins.linalg import per_example_sq_norms
@@ -91,7 +94,7 @@ class GradientCoherence(Callback):
         if unsupported not in ("vmap", "skip", "error"):
             raise ValueError(f"`unsupported` is 'vmap', 'skip' or 'error', got {unsupported!r}")
         self.every_n_steps, self.per_layer, self.source, self.n_batches = every_n_steps, per_layer, source, n_batches
-        self.modules = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
+        self.modules = patterns_of(modules)
         self.batch_dim, self.unsupported, self.max_bytes = batch_dim, unsupported, max_bytes
         self.seed, self.figure = seed, figure
         self.history: list[dict[str, Any]] = []
@@ -109,28 +112,27 @@ class GradientCoherence(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        require_whole_parameters(self, trainer)
+        require_matplotlib(self.figure)
+        if self.source == "fixed" and not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"`GradientCoherence` reads whole gradients on each rank, and {type(trainer.strategy).__name__} holds "
-                'pieces: train by `strategy="ddp"`'
+                '`source="fixed"` runs `training_step` once more, and one that steps its optimizers itself would '
+                'train: use `source="train_batch"`'
             )
-        if self.source == "train_batch" and ("training_step" in vars(pl_module) or _compiled(pl_module)):
+        if self.source == "train_batch" and _compiled(pl_module):
             raise MisconfigurationException(
                 "`GradientCoherence` watches modules at work, and compiled ones cannot be watched: set "
                 '`source="fixed"`, which runs them uncompiled'
             )
-        if self.figure and importlib.util.find_spec("matplotlib") is None:
-            raise MisconfigurationException(
-                "`figure` needs matplotlib: pip install 'fulgurite[figures]', or set `figure=False`"
-            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names = [name for name, param in pl_module.named_parameters() if param.requires_grad]
-        patterns = self.modules if self.modules is not None else ("*",)
-        self._only = [name for name in names if any(fnmatchcase(name, p) or name.startswith(f"{p}.") for p in patterns)]
-        if not self._only:
-            raise ValueError(f"`modules` {list(patterns)} match none of the trainable parameters {names}")
+        if len(trainer.optimizers) > 1:
+            raise MisconfigurationException(
+                f"`GradientCoherence` is of one loss, and {len(trainer.optimizers)} optimizers have several: measure "
+                "one of them in a fit of its own"
+            )
+        self._only = list(matching_parameters(pl_module, self.modules, "modules"))
         self._measured, self._event, self._kept = -1, None, None
 
     @override
@@ -146,13 +148,23 @@ class GradientCoherence(Callback):
             self._norms = self._open.enter_context(self._watched(pl_module))
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._event is not None and not self._event.passes:
+            named = pl_module.named_parameters()
+            if any(name in self._only and param.grad is not None and bool(param.grad.any()) for name, param in named):
+                raise RuntimeError(
+                    "`GradientCoherence` found gradients of an earlier step where a backward begins: call `zero_grad` "
+                    "before it"
+                )
+
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._event is None:
             return
         if self._norms is None:
             raise RuntimeError(
-                "`GradientCoherence` saw two backward passes in one step, each of another loss: set "
-                '`source="fixed"`, or leave it out of manual optimization with several losses'
+                "`GradientCoherence` saw two backward passes in one step, each of another loss: leave it out of manual "
+                "optimization with several losses"
             )
         self._open.close()
         self._event.add(self._norms, pl_module)
@@ -167,7 +179,7 @@ class GradientCoherence(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:  # the gradients have just been divided by it
             event.divide(scaler.get_scale())
-        ranks = trainer.world_size if isinstance(trainer.strategy.model, DistributedDataParallel) else 1
+        ranks = _ranks(trainer)  # whose mean the gradients are
         event.gradients = {name: ranks * gradient for name, gradient in event.gradients.items()}
         self._finish(trainer, pl_module, event, ranks)
 
@@ -219,10 +231,13 @@ class GradientCoherence(Callback):
                         loss.backward()
                 if norms:
                     event.add(norms, pl_module)
-            for name in event.gradients:
-                event.gradients[name] = trainer.strategy.reduce(event.gradients[name], reduce_op="sum")
-        if event.gradients:
-            self._finish(trainer, pl_module, event, parts=trainer.world_size * event.passes)
+            if _ranks(trainer) > 1:
+                for name in event.gradients:
+                    event.gradients[name] = trainer.strategy.reduce(event.gradients[name], reduce_op="sum")
+        if event.passes:
+            self._finish(trainer, pl_module, event, _ranks(trainer) * event.passes)
+        else:
+            self._warn("`training_step` returned no loss for any of the fixed batches: no coherence")
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, event: "_Event", parts: int) -> None:
         """``event.gradients`` are sums over all ranks, of ``parts`` gradients whose mean is meant."""
@@ -231,12 +246,15 @@ class GradientCoherence(Callback):
         seen = [float(name in event.squares) for name in self._only]
         counts = [float(event.examples), float(event.norms), float(event.coupled)]
         numbers = torch.cat([torch.tensor(counts + seen, dtype=torch.float64), torch.stack(shares)])
-        if isinstance(trainer.strategy.model, DistributedDataParallel):
+        if _ranks(trainer) > 1:
             numbers = trainer.strategy.reduce(numbers.to(pl_module.device), reduce_op="sum").cpu()
         m, norms, coupled = numbers[:3].tolist()
         seen, shares = numbers[3:].view(2, -1).tolist()
         if m < 2:
-            raise ValueError(f"coherence needs at least 2 examples in a step, got {int(m)}: raise the batch size")
+            if not self.history:
+                raise ValueError(f"coherence needs at least 2 examples in a step, got {int(m)}: raise the batch size")
+            self._warn("a step of one example, such as an epoch's last, has no coherence: set `drop_last`")
+            return
         squares = {name: share for name, number, share in zip(self._only, seen, shares, strict=True) if number}
         tops = {name: float(event.gradients[name].double().square().sum()) for name in squares}
         whole, below = sum(tops.values()), sum(squares.values())
@@ -259,6 +277,11 @@ class GradientCoherence(Callback):
             self._warn("batch normalisation couples the examples of a batch: coherence is of what each row adds")
         if not below:
             self._warn("all gradients are zero: `coherence/alpha_m` is nan")
+        if alpha_m > m * (1 + 1e-3):
+            self._warn(
+                f"`coherence/alpha_m` is {alpha_m:.3g} of {int(m)} examples: a part of the gradient is of none of "
+                "them, such as a penalty on weights"
+            )
         if self.per_layer:
             scalars |= {f"layer/{name}": value for name, value in layers.items()}
         log_now(trainer, {f"coherence/{name}": value for name, value in scalars.items()})
@@ -269,6 +292,11 @@ class GradientCoherence(Callback):
             rank_zero_warn(what)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(source=self.source, modules=self.modules, every_n_steps=self.every_n_steps)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -332,5 +360,12 @@ def layers_figure(history: list[dict[str, Any]]) -> "Figure":
     return figure
 
 
-def _compiled(module: nn.Module) -> bool:
+def _ranks(trainer: Trainer) -> int:
+    """The processes over which the gradients are a mean; 1 where each keeps its own."""
+    return trainer.world_size if isinstance(trainer.strategy.model, DistributedDataParallel) else 1
+
+
+def _compiled(module: LightningModule) -> bool:
+    if hasattr(module.training_step, "_torchdynamo_orig_callable"):
+        return True
     return any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules())

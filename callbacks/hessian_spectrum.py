@@ -1,12 +1,10 @@
 """The spectrum of the Hessian while a model trains."""
 
-import importlib.util
 import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +12,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -26,6 +23,12 @@ from typing_extensions import override
 
 from fulgurite.callbacks.figures import log_figure
 from fulgurite.callbacks.logs import log_now
+from fulgurite.callbacks.requirements import (
+    matching_parameters,
+    patterns_of,
+    require_matplotlib,
+    require_whole_parameters,
+)
 from fulgurite.callbacks.training_batches import batch_at, to_device, training_batches
 from fulgurite.plugins.linalg import HessianOperator, ModuleLoss, SpectralMeasure, SpectrumRecord, spectrum
 from fulgurite.plugins.linalg.module_loss import SkippedBatch
@@ -65,7 +68,7 @@ class HessianSpectrum(Callback):
             moves because the weights do; ``"current"``, the last ones trained on.
         n_batches: over whose losses the Hessian is a mean, on each rank; with one, its graph is kept.
         step: the module's method that gets a batch, and its index if it takes one, and returns the loss.
-        params: patterns as for :mod:`fnmatch` on the names of parameters: the principal block of those alone.
+        params: patterns of names of parameters or modules, as ``"encoder"``: the principal block of those alone.
         ggn: the scalars of the Gauss-Newton part; dropped with a warning where it is not defined.
         gradient_overlap: how much of the gradient lies in the space of the top eigenvectors; costs a gradient.
         eval_mode: run the step in eval mode.
@@ -111,12 +114,12 @@ class HessianSpectrum(Callback):
         self.k, self.lanczos_steps, self.n_probes, self.tol = k, lanczos_steps, n_probes, tol
         self.sigma, self.near_zero, self.figure = sigma, near_zero, figure
         self.batches, self.n_batches, self.step, self.eval_mode = batches, n_batches, step, eval_mode
-        self.params = (params,) if isinstance(params, str) else None if params is None else tuple(params)
+        self.params = patterns_of(params)
         self.ggn, self.gradient_overlap, self.seed = ggn, gradient_overlap, seed
         self.basis, self.keep_vectors = basis, keep_vectors
         self._check()
         self.history: list[SpectrumRecord] = []
-        self._indices: list[Any] | None = None  # of the fixed batches, by rank
+        self._indices: list[list[tuple[Any, int]]] | None = None  # of the fixed batches, and numbers, by rank
         self._kept: deque[Batch] = deque(maxlen=n_batches)
         self._coming: Batch | None = None
         self._previous: Tensor | None = None
@@ -151,12 +154,9 @@ class HessianSpectrum(Callback):
         if stage != "fit":
             return
         self._indices = self._previous = None  # of an earlier fit; a checkpoint brings its own, later
+        self._has_ggn = self.ggn
         self._measured = -1
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"`HessianSpectrum` needs whole parameters on each rank, and {type(trainer.strategy).__name__} holds "
-                'pieces: measure a checkpoint on one device, or train by `strategy="ddp"`'
-            )
+        require_whole_parameters(self, trainer)
         if torch.is_inference_mode_enabled():
             raise MisconfigurationException("`HessianSpectrum` differentiates: fit outside of `torch.inference_mode`")
         if not callable(getattr(pl_module, self.step, None)):
@@ -167,10 +167,7 @@ class HessianSpectrum(Callback):
                 "the `training_step` of this module steps its optimizers or reads its data itself: give it a method "
                 'that takes a batch and returns the loss, and name it, as in `HessianSpectrum(step="hessian_loss")`'
             )
-        if self.figure and importlib.util.find_spec("matplotlib") is None:
-            raise MisconfigurationException(
-                "`figure` needs matplotlib: pip install 'fulgurite[figures]', or set `figure=False`"
-            )
+        require_matplotlib(self.figure)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -253,22 +250,23 @@ class HessianSpectrum(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader: Any = trainer.train_dataloader
-        if self._indices is not None and len(self._indices) == trainer.world_size:
-            mine = self._indices[trainer.global_rank]
-            self._kept.extend((batch_at(loader, index, self.seed), i) for i, index in enumerate(mine))
+        counts = [len(pairs) for pairs in self._indices or ()]
+        if self._indices is not None and counts == [self.n_batches] * trainer.world_size:
+            for index, number in self._indices[trainer.global_rank]:
+                self._kept.append((batch_at(loader, index, self.seed), number))
             return
-        indices: list[Any] = []
-        for index, batch in training_batches(loader, self.seed, 'batches="current"'):
-            found = (batch, len(self._kept))
+        indices: list[tuple[Any, int]] = []
+        for number, (index, batch) in enumerate(training_batches(loader, self.seed, 'batches="current"')):
+            found = (batch, number)
             if self._value(trainer, pl_module, found) is None:
                 continue
             self._kept.append(found)
-            indices.append(list(index) if isinstance(index, tuple) else index)
+            indices.append((list(index) if isinstance(index, tuple) else index, number))
             if len(self._kept) == self.n_batches:
                 break
         if not self._kept:
             raise ValueError(f"`{self.step}` returned no loss for any batch of the training data")
-        if None not in indices:
+        if all(index is not None for index, _ in indices):
             self._indices = [indices] * trainer.world_size
             if trainer.world_size > 1:
                 dist.all_gather_object(self._indices, indices)
@@ -335,13 +333,7 @@ class HessianSpectrum(Callback):
         return record
 
     def _chosen(self, pl_module: LightningModule) -> list[Parameter]:
-        named = {name: param for name, param in pl_module.named_parameters() if param.requires_grad}
-        if self.params is None:
-            return list(named.values())
-        for pattern in self.params:
-            if not any(fnmatchcase(name, pattern) for name in named):
-                raise ValueError(f"`params`: no trainable parameter matches {pattern!r}; there are {', '.join(named)}")
-        return [param for name, param in named.items() if any(fnmatchcase(name, p) for p in self.params)]
+        return list(matching_parameters(pl_module, self.params, "params").values())
 
     def _clip(self, size: int) -> dict[str, Any]:
         """``k`` and ``lanczos_steps``, at most the number of parameters."""

@@ -23,6 +23,7 @@ def example_gradients(
     max_bytes: int = 2**28,
     unsupported: Unsupported = "vmap",
     only: Collection[str] | None = None,
+    otherwise: str = "pass `unsupported='skip'` to keep the others alone",
 ) -> Iterator[None]:
     """Shows what each example adds to the gradients, while one forward and one ``backward`` run in the block.
 
@@ -38,6 +39,7 @@ def example_gradients(
         unsupported: for modules without a rule of their own: ``"vmap"`` differentiates them once an example, ``"skip"``
             leaves their parameters out, ``"error"`` raises.
         only: names of parameters; None for all.
+        otherwise: the remedy that the error names.
 
     Raises:
         RuntimeError: a gradient is not one of examples: a module without a rule or with another number of rows, a
@@ -53,7 +55,7 @@ def example_gradients(
         yield
     finally:
         watch.remove()
-    watch.check()
+    watch.check(otherwise)
 
 
 def _plainly(hook: Callable[..., None]) -> Callable[..., None]:
@@ -87,6 +89,7 @@ class _Watch:
         if not self.names:
             raise ValueError(f"`only` names none of the trainable parameters {[name for name, _ in named]}")
         self.uses: dict[int, list[Use]] = {}
+        self.labels: dict[int, str] = {}
         self.missed: dict[str, str] = {}
         self.seen = False
         self.examples: int | None = None
@@ -106,12 +109,13 @@ class _Watch:
         for handle in self.handles:
             handle.remove()
 
-    def check(self) -> None:
+    def check(self, otherwise: str) -> None:
         if self.missed and (self.unsupported != "skip" or not self.seen):
-            reasons = "; ".join(f"`{name}`: {reason}" for name, reason in self.missed.items())
-            raise RuntimeError(
-                f"no gradients of single examples for {reasons}. Pass `unsupported='skip'` to keep the others alone"
-            )
+            names: dict[str, list[str]] = {}
+            for name, reason in self.missed.items():
+                names.setdefault(reason, []).append(f"`{name}`")
+            reasons = "; ".join(f"{', '.join(those)}: {reason}" for reason, those in names.items())
+            raise RuntimeError(f"no gradients of single examples for {reasons}. Remedy: {otherwise}")
 
     def _called(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         # A hook on the result and not on the module: a forward that checkpointing repeats never gets a gradient.
@@ -121,25 +125,25 @@ class _Watch:
 
     @_plainly
     def _arrived(self, name: str, module: nn.Module, args: Any, kwargs: Any, grad: Tensor) -> None:
+        params = {key: param for key, param in owned(module) if id(param) in self.names}
+        label = f"`{name}`, {type(module).__name__}"
         try:
             uses = self._uses(module, args, kwargs, grad.detach())
         except NotImplementedError as reason:
-            self.missed |= {
-                self.names[id(param)]: f"`{name}`, {type(module).__name__}, {reason}"
-                for _, param in owned(module)
-                if id(param) in self.names
-            }
+            self.missed |= {self.names[id(param)]: f"{label}, {reason}" for param in params.values()}
             return
-        params = dict(owned(module))
-        for key, use in uses.items():
-            if key in params and id(params[key]) in self.names:
-                self.uses.setdefault(id(params[key]), []).append(use)
+        for key, param in params.items():
+            if key in uses:
+                self.uses.setdefault(id(param), []).append(uses[key])
+                self.labels[id(param)] = label
 
     def _uses(self, module: nn.Module, args: Any, kwargs: Any, grad: Tensor) -> dict[str, Use]:
         rows = grad.shape[self.batch_dim] if grad.dim() > self.batch_dim else 0
         self.examples = rows if self.examples is None else self.examples
         if rows != self.examples:
-            raise NotImplementedError(f"returns {rows} rows where the batch has {self.examples} examples")
+            raise NotImplementedError(
+                f"returns {rows} rows, and what is nearest to the loss {self.examples}: one of them is not the batch"
+            )
         rule = RULES.get(type(module).forward)
         grad = grad.movedim(self.batch_dim, 0)
         if rule is not None:
@@ -155,9 +159,12 @@ class _Watch:
         if not calls:
             self.missed.setdefault(name, "used outside of a call of its module")
         if name not in self.missed:
-            self.seen = self.replaying = True
+            self.replaying = True
             try:
                 self.visit(name, param, Uses(calls, self.max_bytes, param.device))
+                self.seen = True
+            except NotImplementedError as reason:
+                self.missed[name] = f"{self.labels[id(param)]}, {reason}"
             finally:
                 self.replaying = False
 

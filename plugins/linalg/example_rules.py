@@ -119,7 +119,8 @@ def by_vmap(module: nn.Module, args: Any, kwargs: Any, grad: Tensor, batch_dim: 
     if isinstance(module, nn.MultiheadAttention) and module.batch_first == bool(batch_dim):
         raise NotImplementedError("with the batch on another axis than `batch_dim`: pass `batch_first=True`")
     leaves, tree = tree_flatten((args, kwargs))
-    split = [_has_rows(leaf, len(grad), batch_dim) for leaf in leaves]
+    mask = kwargs.get("attn_mask", args[5] if len(args) > 5 else None)  # of attention: (L, L), of no example
+    split = [leaf is not mask and _has_rows(leaf, len(grad), batch_dim) for leaf in leaves]
     rows_first = [leaf.detach().movedim(batch_dim, 0) for leaf, is_split in zip(leaves, split, strict=True) if is_split]
     own = {name: param.detach() for name, param in owned(module)}
 
@@ -138,8 +139,12 @@ def by_vmap(module: nn.Module, args: Any, kwargs: Any, grad: Tensor, batch_dim: 
         return gradients
 
     def gradients(name: str, rows: slice) -> Tensor:
-        with sdpa_kernel([SDPBackend.MATH]):  # the fused ones know no vmap
-            found: dict[str, Tensor] = vmap(pulled)([leaf[rows] for leaf in rows_first], grad[rows])
+        try:
+            with sdpa_kernel([SDPBackend.MATH]):  # the fused ones know no vmap
+                found: dict[str, Tensor] = vmap(pulled)([leaf[rows] for leaf in rows_first], grad[rows])
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise NotImplementedError(f"cannot run once an example (dropout inside? batch norm? {reason})") from error
         return found[name]
 
     return {name: Sum(param, len(grad), partial(gradients, name)) for name, param in own.items()}
@@ -154,8 +159,10 @@ RULES: dict[Any, Callable[[Any, Tensor, Tensor], dict[str, Use]]] = {
     nn.Embedding.forward: _embedding,
     nn.Conv1d.forward: _conv,
     nn.Conv2d.forward: _conv,
+    nn.Conv3d.forward: _conv,
     nn.ConvTranspose1d.forward: _conv,
     nn.ConvTranspose2d.forward: _conv,
+    nn.ConvTranspose3d.forward: _conv,
     nn.LayerNorm.forward: _norm,
     nn.RMSNorm.forward: _norm,
     nn.GroupNorm.forward: _norm,

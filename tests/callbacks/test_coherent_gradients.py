@@ -53,7 +53,7 @@ def test_winsorizes_over_examples(reduction: str, tmp_path: Path) -> None:
 
 
 def test_what_is_excluded_keeps_its_mean(tmp_path: Path) -> None:
-    found = taken(tmp_path, Net(), CoherentGradients("winsorize", c=0.25, exclude=["*.bias"]))[0]
+    found = taken(tmp_path, Net(), CoherentGradients("winsorize", c=0.25, exclude="*.bias"))[0]
     grads = by_hand(Net(), list(range(8)))
     expected = {n: rows.mean(0) if n.endswith("bias") else winsorized_mean(rows, 0.25) for n, rows in grads.items()}
     assert_same(found, expected, tolerance=1e-10)
@@ -135,16 +135,32 @@ def test_coherence_is_of_the_gradients_before(tmp_path: Path) -> None:
     assert watch.history[0]["alpha_m"] == pytest.approx(float(m_coherence(whole)))
 
 
+def test_a_second_fit_begins_afresh(tmp_path: Path) -> None:
+    used, ends = CoherentGradients("rm3"), [Net(), Net()]
+    fit(tmp_path, Net(seed=5), "auto", devices=1, max_steps=4, callbacks=[used])
+    fit(tmp_path, ends[0], "auto", devices=1, max_steps=4, callbacks=[used])
+    fit(tmp_path, ends[1], "auto", devices=1, max_steps=4, callbacks=[CoherentGradients("rm3")])
+    assert_same(ends[0].state_dict(), ends[1].state_dict())
+
+
+class ByLBFGS(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
 @pytest.mark.parametrize(
     ("module", "callback", "options", "message"),
     [
         (Net, ("winsorize",), {"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2 and 1 processes"),
         (Net, ("m3",), {"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2 and 1 processes: make one of them"),
         (Manual, ("rm3",), {}, "use automatic optimization"),
+        (Net, ("rm3", 0.1, "nope"), {}, r"`exclude`: no trainable parameter matches 'nope'; there are net.0.weight"),
+        (Net, ("rm3", 0.1, "*"), {}, r"`exclude` \['\*'\] leaves no parameter"),
+        (ByLBFGS, ("winsorize",), {}, "LBFGS makes several"),
     ],
 )
 def test_refuses_a_fit(module: Any, callback: Any, options: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises((MisconfigurationException, ValueError, RuntimeError), match=message):
         taken(tmp_path, module(), CoherentGradients(*callback), **options)
 
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from fulgurite.callbacks import GradientCoherence
 from fulgurite.plugins.metrics import m_coherence
+from fulgurite.strategies import StreamingDiLoCoStrategy
 from tests.suites.fits import fit
 
 ROWS, CLASSES = 24, 3
@@ -207,6 +208,33 @@ def test_zero_gradients_are_not_a_number(tmp_path: Path) -> None:
     assert math.isnan(record["alpha_m"])
 
 
+def test_a_penalty_is_said_to_be_of_no_example(tmp_path: Path) -> None:
+    class Penalised(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + 100 * sum(p.square().sum() for p in self.parameters())
+
+    with pytest.warns(UserWarning, match="of none of them, such as a penalty"):
+        history(tmp_path, Penalised())
+
+
+def test_a_last_batch_of_one_is_left_out(tmp_path: Path) -> None:
+    callback = GradientCoherence(every_n_steps=1, figure=False)
+    with pytest.warns(UserWarning, match="set `drop_last`"):
+        records = history(tmp_path, Net(batch_size=23), callback)
+    assert [record["m"] for record in records] == [23, 23]
+
+
+def test_replicas_that_stay_apart_measure_their_own(tmp_path: Path) -> None:
+    for source in ("train_batch", "fixed"):
+        callback = GradientCoherence(figure=False, source=source)
+        strategy = StreamingDiLoCoStrategy(sync_every=5, start_method="fork")
+        options = {"strategy": strategy, "devices": 2, "max_steps": 5}
+        history(tmp_path, Net(), callback, callbacks=[Write(callback, tmp_path)], **options)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"rank{rank}.pt")
+            check(found["history"][0], by_hand(Net(), list(range(rank, 16, 2))))
+
+
 def test_batch_norm_is_said_to_couple(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="couples the examples"):
         history(tmp_path, Net(norm=True))
@@ -224,6 +252,27 @@ class Manual(Net):
         self.optimizers().step()
 
 
+class Stale(Net):
+    """Its gradients add up over the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+class TwoOptimizers(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+
+
 def compiled() -> Net:
     module = Net()
     module.net.compile(backend="eager")
@@ -234,7 +283,10 @@ def compiled() -> Net:
     ("make", "options", "error", "message"),
     [
         (lambda: Net(batch_size=1), {}, ValueError, "at least 2 examples in a step, got 1"),
-        (Net, {"modules": "encoder"}, ValueError, r"`modules` \['encoder'\] match none of .*net.0.weight"),
+        (Net, {"modules": "encoder"}, ValueError, r"`modules`: no trainable .* 'encoder'; there are net.0.weight"),
+        (Manual, {"source": "fixed"}, MisconfigurationException, 'use `source="train_batch"`'),
+        (Stale, {"every_n_steps": 1}, RuntimeError, "gradients of an earlier step"),
+        (TwoOptimizers, {}, MisconfigurationException, "2 optimizers have several"),
         (Manual, {}, RuntimeError, "two backward passes in one step"),
         (compiled, {}, MisconfigurationException, 'source="fixed"'),
     ],

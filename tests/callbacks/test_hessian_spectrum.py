@@ -380,6 +380,14 @@ def test_a_skipped_batch_makes_way_for_the_next(batches: Any) -> None:
     assert callback.history[-1].scalars["lambda_max"] == pytest.approx(6 * expected)
     assert module.trained == [2, 3, 5]
 
+    class WarmsUp(Noted):
+        @override
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    callback = measured(WarmsUp(), numbers(), fit={"max_steps": 3}, **options)
+    assert callback.history[-1].scalars["lambda_max"] == pytest.approx(6 * (2 + 3) / 2)
+
     class SkipsAll(Noted):
         @override
         def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
@@ -510,7 +518,7 @@ def test_the_history_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         state = torch.load(path, weights_only=True)["callbacks"]["HessianSpectrum"]
         assert [entry["step"] for entry in state["history"]] == [2, 4]
         assert (state["history"][0]["vectors"] is None) != keep
-        assert [len(rank[0]) for rank in state["indices"]] == [4]
+        assert [len(index) for rank in state["indices"] for index, _ in rank] == [4]
         resumed = run(folder / "more", keep, 8, path)
         for one, two in itertools.zip_longest(resumed.history, whole.history):
             assert one.step == two.step
@@ -578,7 +586,7 @@ def test_settings(options: dict[str, Any], message: str) -> None:
 
 def test_what_it_cannot_measure_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     sharded = SimpleNamespace(strategy=FSDPStrategy())
-    with pytest.raises(MisconfigurationException, match="FSDPStrategy holds pieces: measure a checkpoint"):
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy holds pieces: train by"):
         HessianSpectrum().setup(sharded, Network(), "fit")  # type: ignore[arg-type]
     HessianSpectrum().setup(sharded, Network(), "validate")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no trainable parameter matches 'net.9.\*'; there are net.0.weight"):

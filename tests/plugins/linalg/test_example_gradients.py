@@ -337,8 +337,8 @@ class Outside(nn.Module):
 @pytest.mark.parametrize(
     ("module", "shape", "options", "message"),
     [
-        (Positions(), (B, L, D), {}, r"`embed.weight`: `embed`, Embedding, returns 5 rows where .* 6 examples"),
-        (Outside(), (B, 4), {}, r"`inner.weight`: used outside of a call of its module.*unsupported='skip'"),
+        (Positions(), (B, L, D), {}, r"`embed.weight`: `embed`, Embedding, returns 5 rows, .* the loss 6"),
+        (Outside(), (B, 4), {}, r"`inner.weight`: used outside of a call of its module. Remedy: pass .*skip"),
         (nn.LSTM(4, 3, batch_first=True), (B, L, 4), {}, r"LSTM, fused: use `nn.LSTMCell`"),
         (nn.PReLU(), (B, 4), {"unsupported": "error"}, r"`weight`: ``, PReLU, has no rule"),
         (nn.LSTM(4, 3), (5, B, 4), {"unsupported": "skip", "batch_dim": 1}, r"LSTM, has no rule"),
@@ -354,6 +354,32 @@ def test_refuses_what_is_no_example(module: nn.Module, shape: Any, options: Any,
     kept = {name for name, _ in module.named_parameters() if name.startswith("head")}
     if kept:
         assert set(norms_of(module, torch.randn(shape), loss, unsupported="skip")) == kept
+
+
+def test_says_what_vmap_cannot_run() -> None:
+    module = nn.TransformerEncoderLayer(D, 2, 2 * D, dropout=0.1, batch_first=True)
+    with pytest.raises(RuntimeError, match=r"`self_attn`, MultiheadAttention, cannot run once an example"):
+        norms_of(module, torch.randn(B, L, D))
+    found = norms_of(module, torch.randn(B, L, D), unsupported="skip")
+    assert "linear1.weight" in found
+    assert "self_attn.in_proj_weight" not in found
+
+
+def test_an_attention_mask_is_of_no_example() -> None:
+    module, x = made(CASES[18]).attention, torch.randn(B, B, D, dtype=torch.float64)
+    mask = torch.triu(torch.full((B, B), -9.0, dtype=torch.float64), 1)
+    with per_example_sq_norms(module) as norms:
+        losses(module(x, x, x, attn_mask=mask)[0]).sum().backward()
+    params = {name: param.detach() for name, param in module.named_parameters()}
+
+    def loss(params: dict[str, Tensor], row: Tensor) -> Tensor:
+        row = row[None]
+        return losses(functional_call(module, params, (row, row, row), {"attn_mask": mask})[0])[0]
+
+    with sdpa_kernel([SDPBackend.MATH]):
+        expected = vmap(grad(loss), in_dims=(None, 0))(params, x)
+    for name, rows in expected.items():
+        torch.testing.assert_close(norms[name], rows.flatten(1).square().sum(1))
 
 
 @pytest.mark.parametrize(
