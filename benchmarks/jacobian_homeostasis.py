@@ -102,9 +102,11 @@ def train(method: str, seed: int, epochs: int) -> dict[str, float]:
 
 
 def cosine(net: EquilibriumLayer) -> float:
-    exact = net.exact_response(net.last_state, net.last_input, net.last_signal)
+    record = net.last_backward
+    assert record is not None
+    exact = net.exact_response(record.state, record.input, record.signal)
     hidden = slice(0, net.readout.start)
-    return F.cosine_similarity(exact[:, hidden], net.last_response[:, hidden]).mean().item()
+    return F.cosine_similarity(exact[:, hidden], record.response[:, hidden]).mean().item()
 
 
 def accuracy(quick: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from fulgurite.callbacks.figures import log_figure
+from fulgurite.callbacks.logs import log_now
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,8 @@ class DaleLaw(Callback):
     and count once. The fit stays as it was, bit for bit.
 
     Args:
-        every_n_steps: optimizer steps between two looks, at least 1; a look passes twice over the weights.
+        every_n_steps: optimizer steps between two looks, at least 1, each of which is logged, whatever the Trainer's
+            ``log_every_n_steps``; a look passes twice over the weights.
         figures: log ``dale/log_abs`` at the end of each training epoch, a histogram of ``log|w|`` then and at first;
             needs matplotlib.
 
@@ -89,11 +91,9 @@ class DaleLaw(Callback):
             return
         self._last_look = step
         found = self._look()
-        pl_module.log("dale/sign_flips", found.flips)
-        pl_module.log("dale/zero_fraction", found.zero_fraction)
-        pl_module.log("dale/log_abs_mean", found.mean)
-        pl_module.log("dale/log_abs_std", found.std)
-        pl_module.log("dale/log_abs_skew", found.skew)
+        moments = {"log_abs_mean": found.mean, "log_abs_std": found.std, "log_abs_skew": found.skew}
+        scalars = {"sign_flips": found.flips, "zero_fraction": found.zero_fraction} | moments
+        log_now(trainer, {f"dale/{name}": value for name, value in scalars.items()})
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

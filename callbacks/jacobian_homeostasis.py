@@ -1,7 +1,7 @@
 """Keeps the learning signal of equilibrium propagation faithful where weights forward and back differ."""
 
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,11 +11,19 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from fulgurite.plugins.equilibrium import EquilibriumLayer, attach_loss, homeostatic_loss, jacobian_symmetry
+from fulgurite.plugins.equilibrium import Backward, EquilibriumLayer, attach_loss, homeostatic_loss, jacobian_symmetry
 from fulgurite.plugins.equilibrium.homeostasis import MAX_JACOBIAN, Estimator, check_estimator
 from fulgurite.plugins.seeds import derived_seed
 
 SYMMETRY_SAMPLES = 10
+
+
+class _Call(NamedTuple):
+    layer: EquilibriumLayer
+    state: Tensor
+    input: Tensor
+    residual: Tensor
+    loss: Tensor
 
 
 class JacobianHomeostasis(Callback):
@@ -29,7 +37,8 @@ class JacobianHomeostasis(Callback):
     ``homeostasis/residual``, the largest residual of the free phase, each time; ``homeostasis/symmetry``, the index of
     at most 10 samples, at first and every ``log_every_n_steps`` of the Trainer, for layers of at most 2048 units; and
     ``homeostasis/alignment``, the cosine of the layer's response and the exact error over all units but the read-out's,
-    a mean over samples, where that is asked for.
+    a mean over samples, where that is asked for, of each layer's last backward pass in the batch. A layer that takes no
+    part in a batch is left out of it.
 
     Probes depend on the seed of the fit, the rank and a count, which checkpoints hold: resuming is exact.
 
@@ -40,7 +49,7 @@ class JacobianHomeostasis(Callback):
         every_n_steps: optimizer steps from one penalised step to the next, at least 1.
         log_alignment_every_n_steps: optimizer steps between alignments, each of which costs an adjoint relaxation; 0
             for none.
-        modules: names of layers in the module; None for all.
+        modules: names of layers in the module, or one name; None for all.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -55,25 +64,27 @@ class JacobianHomeostasis(Callback):
         estimator: Estimator = "vjp",
         every_n_steps: int = 1,
         log_alignment_every_n_steps: int = 0,
-        modules: list[str] | None = None,
+        modules: str | list[str] | None = None,
     ) -> None:
         if not coef >= 0:
             raise ValueError(f"`coef` is the factor of a penalty and must be at least 0, got {coef}")
         check_estimator(probes, estimator)
-        if every_n_steps < 1 or log_alignment_every_n_steps < 0:
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` counts optimizer steps and must be at least 1, got {every_n_steps}")
+        if log_alignment_every_n_steps < 0:
             raise ValueError(
-                "`every_n_steps` must be at least 1 and `log_alignment_every_n_steps` at least 0, got "
-                f"{every_n_steps} and {log_alignment_every_n_steps}"
+                "`log_alignment_every_n_steps` counts optimizer steps and must be at least 1, or 0 for none, got "
+                f"{log_alignment_every_n_steps}"
             )
         self.coef, self.probes, self.estimator = coef, probes, estimator
         self.every_n_steps, self.log_alignment_every_n_steps = every_n_steps, log_alignment_every_n_steps
-        self.modules = modules
+        self.modules = [modules] if isinstance(modules, str) else modules
         self._layers: dict[str, EquilibriumLayer] = {}
         self._hooks: list[RemovableHandle] = []
         self._seed: int | None = None
         self._rank = self._draws = 0
         self._weight: float | None = None  # of the penalty in this batch; None: no penalty
-        self._losses: list[Tensor] = []
+        self._calls: list[_Call] = []  # of this batch, penalised
         self._alignment: float | None = None
 
     @override
@@ -123,7 +134,9 @@ class JacobianHomeostasis(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._losses = []
+        self._calls = []
+        for layer in self._layers.values():
+            layer.last_backward = None
         if trainer.global_step % self.every_n_steps:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # 16-mixed: as the loss, the penalty is scaled
@@ -134,19 +147,19 @@ class JacobianHomeostasis(Callback):
         """The forward hook."""
         if self._weight is None or not torch.is_grad_enabled():
             return None
-        device = layer.last_state.device
+        u, x = layer.last_state, layer.last_input
         seed = derived_seed(self._seed, "homeostasis", self._rank, self._draws)
         self._draws += 1
-        with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(self.coef > 0):
+        with torch.autocast(u.device.type, enabled=False), torch.set_grad_enabled(self.coef > 0):
             loss = homeostatic_loss(
                 layer.field,
-                layer.activation(layer.last_state),
-                layer.last_input,
+                layer.activation(u),
+                x,
                 probes=self.probes,
                 estimator=self.estimator,
-                generator=torch.Generator(device).manual_seed(seed),
+                generator=torch.Generator(u.device).manual_seed(seed),
             )
-        self._losses.append(loss.detach())
+        self._calls.append(_Call(layer, u[:SYMMETRY_SAMPLES], x[:SYMMETRY_SAMPLES], layer.last_residual, loss.detach()))
         return attach_loss(out, loss, self._weight) if self.coef > 0 else None
 
     @override
@@ -154,19 +167,20 @@ class JacobianHomeostasis(Callback):
         # Here, as the weights are still those of the response.
         every = self.log_alignment_every_n_steps
         if every and trainer.global_step % every == 0:
-            self._alignment = fmean(_alignment(layer) for layer in self._layers.values())
+            ran = [(layer, layer.last_backward) for layer in self._layers.values() if layer.last_backward is not None]
+            if ran:
+                self._alignment = fmean(_alignment(layer, record) for layer, record in ran)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._weight = None
-        if self._losses:
-            layers = self._layers.values()
-            pl_module.log("homeostasis/loss", torch.stack(self._losses).sum())
-            pl_module.log("homeostasis/residual", torch.stack([layer.last_residual for layer in layers]).amax())
+        if self._calls:
+            pl_module.log("homeostasis/loss", torch.stack([call.loss for call in self._calls]).sum())
+            pl_module.log("homeostasis/residual", torch.stack([call.residual for call in self._calls]).amax())
             if batch_idx == 0 or trainer.global_step % getattr(trainer, "log_every_n_steps", 50) == 0:
-                indices = [_symmetry(layer) for layer in layers if layer.field.n <= MAX_JACOBIAN]
+                indices = [_symmetry(call) for call in self._calls if call.layer.field.n <= MAX_JACOBIAN]
                 if indices:
                     pl_module.log("homeostasis/symmetry", torch.cat(indices).mean())
         if self._alignment is not None:
@@ -184,7 +198,7 @@ class JacobianHomeostasis(Callback):
     def _release(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._layers, self._losses, self._weight = [], {}, [], None
+        self._hooks, self._layers, self._calls, self._weight = [], {}, [], None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -195,15 +209,14 @@ class JacobianHomeostasis(Callback):
         self._seed, self._draws = state_dict["seed"], state_dict["draws"]
 
 
-def _symmetry(layer: EquilibriumLayer) -> Tensor:
-    u, x = layer.last_state[:SYMMETRY_SAMPLES], layer.last_input[:SYMMETRY_SAMPLES]
-    return jacobian_symmetry(layer.field, layer.activation(u), x)
+def _symmetry(call: _Call) -> Tensor:
+    return jacobian_symmetry(call.layer.field, call.layer.activation(call.state), call.input)
 
 
-def _alignment(layer: EquilibriumLayer) -> float:
+def _alignment(layer: EquilibriumLayer, record: Backward) -> float:
     """Mean cosine of the response with the exact one, over the units that are not read out, where there are such."""
-    exact = layer.exact_response(layer.last_state, layer.last_input, layer.last_signal)
+    exact = layer.exact_response(record.state, record.input, record.signal)
     hidden = torch.ones(layer.field.n, dtype=torch.bool, device=exact.device)
     hidden[layer.readout] = False
     units = hidden if hidden.any() else ~hidden
-    return torch.cosine_similarity(layer.last_response[:, units], exact[:, units]).mean().item()
+    return torch.cosine_similarity(record.response[:, units], exact[:, units]).mean().item()

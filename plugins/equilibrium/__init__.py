@@ -5,11 +5,12 @@ from fulgurite.plugins.equilibrium.conv_field import ConvField
 from fulgurite.plugins.equilibrium.dense_field import DenseField
 from fulgurite.plugins.equilibrium.field import EquilibriumField
 from fulgurite.plugins.equilibrium.homeostasis import attach_loss, homeostatic_loss, jacobian_symmetry
-from fulgurite.plugins.equilibrium.layer import EquilibriumLayer
+from fulgurite.plugins.equilibrium.layer import Backward, EquilibriumLayer
 from fulgurite.plugins.equilibrium.pooling import SoftmaxPool2d
 from fulgurite.plugins.equilibrium.relaxation import adjoint_response, free_phase, nudged_response
 
 __all__ = [
+    "Backward",
     "ConvField",
     "DSiLU",
     "DenseField",

@@ -1,5 +1,7 @@
 """Activations that are holomorphic, so that a network may settle at a complex state."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -40,3 +42,31 @@ def is_holomorphic(activation: nn.Module) -> bool:
     except (RuntimeError, NotImplementedError):  # torch has no kernel where there is no order: ReLU, max
         return False
     return torch.allclose(along_1, along_i, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def check_activation(activation: object, units: int) -> None:
+    """Refuses what no relaxation can use: a function, weights, chance, and units that depend on each other."""
+    if not isinstance(activation, nn.Module):
+        raise TypeError(
+            f"`activation` must be a module, got {activation!r}: use an instance, such as ScaledSigmoid() or nn.ReLU()"
+        )
+    name = type(activation).__name__
+    if any(True for _ in activation.parameters()):
+        raise ValueError(f"`activation` ({name}) has weights, which no response reaches: use one without")
+    trial = copy.deepcopy(activation).train()  # dropout is random in training alone
+    z = torch.linspace(-2, 2, units * max(4, 4096 // units)).view(-1, units)
+    before = trial(z)
+    if before.shape != z.shape or not _same(before, trial(z)).all():
+        raise ValueError(f"`activation` must give each unit one value, always the same, got {name}, which does not")
+    z[1, units // 2] += 10
+    same = _same(before, trial(z))
+    same[1, units // 2] = True
+    if not same.all():
+        raise ValueError(
+            f"`activation` must be elementwise, got {name}, by which a unit changes others: put it behind the layer"
+        )
+
+
+def _same(one: Tensor, two: Tensor) -> Tensor:
+    return torch.isclose(one, two, rtol=0, atol=0, equal_nan=True)

@@ -20,7 +20,8 @@ class ConvField(EquilibriumField):
     Block ``l1`` has ``channels[0]`` maps, and so on; the last one, ``out``, has ``out_features`` units. Forward each
     block gets ``pool(conv(r))`` of the one before, with a bias; back, without one, the derivative of
     ``sum(pool(conv_b(r)) r_next)`` with respect to its own ``r``. With equal kernels the Jacobian is symmetric.
-    Convolutions keep the maps' size, except for the one to ``out``, which takes whole windows alone.
+    Convolutions keep the maps' size, except for the one to ``out``, which takes whole windows alone; so with ``k``
+    blocks the smallest image has an edge of ``pool^k (pool + kernel_size - 1)``: 32 for the defaults, 8 for one block.
 
     Args:
         in_shape: ``(C, H, W)`` of ``x``.
@@ -43,11 +44,7 @@ class ConvField(EquilibriumField):
         pool: int = 2,
         angle: float = 90.0,
     ) -> None:
-        if len(in_shape) != 3 or not channels or kernel_size % 2 == 0 or pool < 1:
-            raise ValueError(
-                "`in_shape` is (C, H, W), `channels` has a block or more, `kernel_size` is odd and `pool` at least 1, "
-                f"got {tuple(in_shape)}, {tuple(channels)}, {kernel_size} and {pool}"
-            )
+        _validate(in_shape, channels, kernel_size, pool)
         shapes: list[tuple[int, ...]] = [tuple(in_shape)]
         for maps in channels:
             shapes.append((maps, shapes[-1][1] // pool, shapes[-1][2] // pool))
@@ -109,6 +106,17 @@ class ConvField(EquilibriumField):
 
     def _pad(self, post: str) -> int:
         return 0 if post == "out" else self._padding
+
+
+def _validate(in_shape: Sequence[int], channels: Sequence[int], kernel_size: int, pool: int) -> None:
+    if len(in_shape) != 3:
+        raise ValueError(f"`in_shape` must be (C, H, W), got {tuple(in_shape)}")
+    if not channels:
+        raise ValueError("`channels` is empty: give the maps of at least one block before `out`")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"`kernel_size` must be odd, so that maps keep their size, got {kernel_size}")
+    if pool < 1:
+        raise ValueError(f"`pool` must be at least 1, which does not pool, got {pool}")
 
 
 def _by_parts(real_map: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

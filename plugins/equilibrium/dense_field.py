@@ -29,6 +29,7 @@ class DenseField(EquilibriumField):
             as large as those of the one forward.
 
     Raises:
+        TypeError: ``sizes`` or ``connections`` is no dictionary.
         ValueError: an argument is out of its range, or a connection names no block.
     """
 
@@ -41,15 +42,9 @@ class DenseField(EquilibriumField):
         gain: float = 1.0,
     ) -> None:
         super().__init__(sizes)
-        if in_features < 1 or not gain >= 0 or not math.isfinite(angle):
-            raise ValueError(
-                f"`in_features` must be at least 1, `gain` at least 0 and `angle` a number of degrees, got "
-                f"{in_features}, {gain} and {angle}"
-            )
         self.in_features = in_features
         connections = _chain(list(sizes)) if connections is None else connections
-        if not connections:
-            raise ValueError("`connections` is empty: give at least one, or None for a chain")
+        _validate(in_features, connections, angle, gain)
         self._ends = {name: _ends(name, sizes) for name in connections}
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         fans = sizes | {"in": in_features}
@@ -58,7 +53,7 @@ class DenseField(EquilibriumField):
             weight = torch.randn(fans[post], fans[pre]) * (gain / math.sqrt(fans[pre]))
             forward = f"{post}-{pre}"
             if self._is_back(name) and forward in self.weights:
-                weight = at_angle(self.weights[forward].detach().T, angle)
+                weight = at_angle(self.weights[forward].detach().T.contiguous(), angle)  # L-BFGS takes views
             self.weights[name] = nn.Parameter(weight)
             if connections[name]:
                 self.biases[name] = nn.Parameter(torch.zeros(fans[post]))
@@ -121,6 +116,21 @@ def at_angle(weight: Tensor, degrees: float) -> Tensor:
 def _chain(blocks: list[str]) -> dict[str, bool]:
     forward = {f"{pre}-{post}": True for pre, post in pairwise(["in", *blocks])}
     return forward | {f"{post}-{pre}": False for pre, post in pairwise(blocks)}
+
+
+def _validate(in_features: int, connections: dict[str, bool], angle: float, gain: float) -> None:
+    if in_features < 1:
+        raise ValueError(f"`in_features` must be at least 1, got {in_features}")
+    if not isinstance(connections, dict):
+        raise TypeError(
+            f'`connections` must map "pre-post" to whether it has a bias, as {{"in-out": True}}, got {connections!r}'
+        )
+    if not connections:
+        raise ValueError("`connections` is empty: give at least one, or None for a chain")
+    if not math.isfinite(angle):
+        raise ValueError(f"`angle` must be a number of degrees, got {angle}")
+    if not gain >= 0:
+        raise ValueError(f"`gain` must be at least 0, got {gain}")
 
 
 def _ends(name: str, sizes: dict[str, int]) -> tuple[str, str]:

@@ -21,11 +21,16 @@ class EquilibriumField(nn.Module, ABC):
         n: units in all.
 
     Raises:
+        TypeError: ``sizes`` is no dictionary.
         ValueError: a block has no unit, or a name that a connection ``"pre-post"`` could not bear.
     """
 
     def __init__(self, sizes: dict[str, int]) -> None:
         super().__init__()
+        if not isinstance(sizes, dict):
+            raise TypeError(
+                f'`sizes` must map names of blocks to their units, as {{"l1": 32, "out": 16}}, got {sizes!r}'
+            )
         for name, size in sizes.items():
             if size < 1 or not name or name == "in" or "-" in name or "." in name:
                 raise ValueError(

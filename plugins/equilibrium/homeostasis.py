@@ -4,13 +4,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fulgurite.plugins.equilibrium.field import EquilibriumField
 from fulgurite.plugins.equilibrium.jacobian import product, transpose_product
+from fulgurite.plugins.equilibrium.once import without_second_derivative
 
 Estimator = Literal["vjp", "jvp", "exact"]
 MAX_JACOBIAN = 2048
+_NO_SECOND = (
+    "there is no second derivative through a tensor with a penalty attached, as JacobianHomeostasis does: set its "
+    "`coef` to 0, or add `homeostatic_loss` to the loss instead"
+)
 
 
 def homeostatic_loss(
@@ -111,20 +115,24 @@ def jacobian_symmetry(field: EquilibriumField, r: Tensor, x: Tensor) -> Tensor:
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor, weight: Tensor | float) -> Tensor:
-        ctx.weight, ctx.loss = weight, (loss.dtype, loss.device)
+        ctx.weight = weight
+        ctx.save_for_backward(loss)
         return out.view_as(out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        dtype, device = ctx.loss
-        return grad, torch.as_tensor(ctx.weight, dtype=dtype, device=device), None
+        (loss,) = ctx.saved_tensors
+        weight = torch.as_tensor(ctx.weight, dtype=loss.dtype, device=loss.device)
+        # Products with the Jacobian of `out` would count the penalty once each.
+        grad, weight = without_second_derivative([grad, weight], [grad, loss], _NO_SECOND)
+        return grad, weight, None
 
 
 def attach_loss(out: Tensor, loss: Tensor, weight: Tensor | float) -> Tensor:
     """``out`` itself; a backward pass through it adds the gradient of ``weight * loss``, whatever its own gradient.
 
-    So a penalty joins the graph of a loss that is computed elsewhere, and one backward pass is of both.
+    So a penalty joins the graph of a loss that is computed elsewhere, and one backward pass is of both. There is no
+    second derivative through it: to ask for one is a RuntimeError.
 
     Args:
         out: any tensor that the loss will depend on.

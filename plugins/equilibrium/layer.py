@@ -1,14 +1,14 @@
 """A layer that settles forward, and learns by settling again."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from fulgurite.plugins.equilibrium.activations import ScaledSigmoid, is_holomorphic
+from fulgurite.plugins.equilibrium.activations import ScaledSigmoid, check_activation, is_holomorphic
 from fulgurite.plugins.equilibrium.field import EquilibriumField
+from fulgurite.plugins.equilibrium.once import without_second_derivative
 from fulgurite.plugins.equilibrium.relaxation import (
     adjoint_response,
     check_points,
@@ -16,6 +16,21 @@ from fulgurite.plugins.equilibrium.relaxation import (
     nudged_response,
     settle,
 )
+
+_NO_SECOND = "EquilibriumLayer has no second derivative with `gradient` 'ep' or 'adjoint': use 'unroll'"
+
+
+class Backward(NamedTuple):
+    """What a backward pass by ``"ep"`` or ``"adjoint"`` saw and found, each without a graph."""
+
+    state: Tensor
+    """``(B, n)``."""
+    input: Tensor
+    """``(B, ...)``, in the type of the state."""
+    signal: Tensor
+    """The gradients that came in, each of unit length, ``(B, n)``."""
+    response: Tensor
+    """To the signal, ``(B, n)``."""
 
 
 class EquilibriumLayer(nn.Module):
@@ -32,7 +47,7 @@ class EquilibriumLayer(nn.Module):
 
     Args:
         field: what drives the units, with float32 or float64 weights.
-        activation: elementwise and without weights; :class:`ScaledSigmoid` by default.
+        activation: a module, elementwise, deterministic and without weights; :class:`ScaledSigmoid` by default.
         gradient: ``"ep"``; ``"adjoint"`` for exact gradients by the transposed network, at most ``free_steps`` long;
             ``"unroll"`` for autograd through all steps, which keeps them all.
         beta: radius of the nudges, above 0.
@@ -48,11 +63,13 @@ class EquilibriumLayer(nn.Module):
         last_input: its input, in the type of the state.
         last_residual: its largest ``|H(phi(u), x) - u|``, ``()``.
         last_steps: the steps that it took.
-        last_signal: after a backward pass by ``"ep"`` or ``"adjoint"``, the unit gradients that came in, ``(B, n)``.
-        last_response: the response to them, ``(B, n)``.
+        last_backward: state, input, signal and response of the last backward pass by ``"ep"`` or ``"adjoint"``, which
+            need not be that of the last call; None before one.
 
     Raises:
-        ValueError: an argument is out of its range; more than two points with an activation that is not holomorphic.
+        TypeError: ``field`` or ``activation`` is no such module.
+        ValueError: an argument is out of its range; an activation with weights, with chance, or not elementwise; more
+            than two points with one that is not holomorphic.
 
     Example:
         >>> from fulgurite.plugins.equilibrium import DenseField
@@ -65,8 +82,7 @@ class EquilibriumLayer(nn.Module):
     last_input: Tensor
     last_residual: Tensor
     last_steps: int
-    last_signal: Tensor
-    last_response: Tensor
+    last_backward: Backward | None = None
 
     def __init__(
         self,
@@ -89,6 +105,9 @@ class EquilibriumLayer(nn.Module):
         self.readout = field.block(readout)
 
     def _validate(self, readout: str) -> None:
+        if not isinstance(self.field, EquilibriumField):
+            raise TypeError(f"`field` must be an EquilibriumField, such as a DenseField, got {self.field!r}")
+        check_activation(self.activation, self.field.n)
         if self.gradient not in ("ep", "adjoint", "unroll"):
             raise ValueError(f"`gradient` must be 'ep', 'adjoint' or 'unroll', got {self.gradient!r}")
         check_points(self.beta, self.points)
@@ -100,8 +119,6 @@ class EquilibriumLayer(nn.Module):
             raise ValueError(f"`tol` must be at least 0, got {self.tol}")
         if readout not in self.field.sizes:
             raise ValueError(f"`readout` must be a block of the field ({', '.join(self.field.sizes)}), got {readout!r}")
-        if any(True for _ in self.activation.parameters()):
-            raise ValueError("`activation` has weights, which no response reaches: use one without")
         if self.gradient == "ep" and self.points > 2 and not is_holomorphic(self.activation):
             raise ValueError(
                 f"`points` is {self.points}, above 2, which takes an `activation` that is holomorphic; "
@@ -153,7 +170,7 @@ class EquilibriumLayer(nn.Module):
             )
         else:
             d = self.exact_response(u, x, g)
-        self.last_signal, self.last_response = g, d
+        self.last_backward = Backward(u, x.detach(), g, d)
         return d * norm
 
     def exact_response(self, u: Tensor, x: Tensor, g: Tensor) -> Tensor:
@@ -176,11 +193,11 @@ class _Equilibrium(torch.autograd.Function):
         return r[:, layer.readout]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         layer: EquilibriumLayer = ctx.layer
         u, x, *params = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        sources = [grad_out, x, *params]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             g = torch.zeros_like(u)
             g[:, layer.readout] = grad_out
             d = layer._response(u, x, g)
@@ -188,6 +205,7 @@ class _Equilibrium(torch.autograd.Function):
                 x = x.detach().requires_grad_(ctx.needs_input_grad[1])
                 h = layer.field(layer.activation(u), x)
                 wanted = [tensor for tensor in (x, *params) if tensor.requires_grad]
-            grads = list(torch.autograd.grad(h, wanted, d, allow_unused=True, materialize_grads=True))
+            found = torch.autograd.grad(h, wanted, d, allow_unused=True, materialize_grads=True)
+        grads = without_second_derivative(found, sources, _NO_SECOND)
         grad_x = grads.pop(0) if x.requires_grad else None
         return None, grad_x, *grads

@@ -21,10 +21,10 @@ class SoftmaxPool2d(nn.Module):
 
     def __init__(self, kernel_size: int = 2, temperature: float = 1.0) -> None:
         super().__init__()
-        if kernel_size < 1 or not temperature > 0:
-            raise ValueError(
-                f"`kernel_size` must be at least 1 and `temperature` above 0, got {kernel_size} and {temperature}"
-            )
+        if kernel_size < 1:
+            raise ValueError(f"`kernel_size` must be at least 1, got {kernel_size}")
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, got {temperature}")
         self.kernel_size, self.temperature = kernel_size, temperature
 
     @override

@@ -97,7 +97,8 @@ def nudged_response(
         ``(B, n)``, real.
 
     Raises:
-        ValueError: an argument is out of its range, or more than two points on a device without complex numbers.
+        ValueError: an argument is out of its range, or more than two points on a device without complex numbers or
+            with a field that does not take them.
     """
     check_relaxation(steps, step_size)
     check_points(beta, points)
@@ -125,7 +126,16 @@ def nudged_response(
         upper = [beta * cmath.exp(2j * cmath.pi * k / points) for k in range(1, (points + 1) // 2)]
         response = torch.zeros_like(u)
         for nudges, weight in ((real, 1), (upper, 2)):
-            for r, nudge in zip(activities(nudges), nudges, strict=True):
+            try:
+                responses = activities(nudges)
+            except RuntimeError as error:  # torch has no kernel where there is no order, as in ReLU's
+                if "complex" not in str(error).lower():
+                    raise
+                raise ValueError(
+                    f"`points` is {points}, above 2, which takes a field that is holomorphic in its activities; "
+                    f"{type(field).__name__} is not ({error}): use at most 2"
+                ) from error
+            for r, nudge in zip(responses, nudges, strict=True):
                 response += weight * (r / nudge if nudge.imag else r / nudge.real).real
         return response / points
 
@@ -174,8 +184,10 @@ def adjoint_response(
 
 def check_relaxation(steps: int, step_size: float) -> None:
     """Refuses what no relaxation can run with."""
-    if steps < 1 or not 0 < step_size <= 1:
-        raise ValueError(f"`steps` must be at least 1 and `step_size` in (0, 1], got {steps} and {step_size}")
+    if steps < 1:
+        raise ValueError(f"`steps` counts steps of a relaxation and must be at least 1, got {steps}")
+    if not 0 < step_size <= 1:
+        raise ValueError(f"`step_size` must be in (0, 1], got {step_size}: 1 is a whole step")
 
 
 def check_points(beta: float, points: int) -> None:

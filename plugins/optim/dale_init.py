@@ -1,6 +1,7 @@
 """Log-normal weights with random signs: where a sign-preserving optimizer starts from."""
 
 import math
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -77,6 +78,9 @@ def dale_init_(
 ) -> nn.Module:
     """Fills the weights of all linear and convolutional layers by :func:`lognormal_`; biases stay.
 
+    So do other weights, as those of ``nn.LSTM``, ``nn.Embedding`` and the ``in_proj_weight`` of
+    ``nn.MultiheadAttention``, which one warning names: fill them by :func:`lognormal_`, or leave them as they are.
+
     Args:
         module: its layers, and itself.
         gain: as the others, of :func:`lognormal_`; the default is for ReLU.
@@ -91,12 +95,21 @@ def dale_init_(
     Raises:
         ValueError: for an argument out of its range.
     """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | _ConvNd):
+    others = []
+    for prefix, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear | _ConvNd):
+            weights = [name for name, p in layer.named_parameters(prefix, recurse=False) if p.ndim >= 2]
+            others += [f"{name} ({type(layer).__name__})" for name in weights]
+        else:
             weight = layer.weight.detach()
             parts = weight.chunk(layer.groups) if isinstance(layer, _ConvNd) else [weight]
             for part in parts:
                 if isinstance(layer, _ConvTransposeNd):  # (in, out, ...)
                     part = part.transpose(0, 1)
                 lognormal_(part, gain, "fan_in", mean_std_ratio, sign, excitatory, generator)
+    if others:
+        warnings.warn(
+            f"`dale_init_` fills linear and convolutional layers, and left {', '.join(others)}: use `lognormal_`",
+            stacklevel=2,
+        )
     return module

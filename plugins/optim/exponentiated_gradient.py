@@ -54,7 +54,8 @@ class ExponentiatedGradient(BaseOptimizer):
             takes small tensors together and large ones in blocks, which is fastest and bounds the copies.
 
     Raises:
-        ValueError: for an argument out of its range; in ``step``, for a tensor of zeros.
+        ValueError: for an argument out of its range; in ``step``, for a tensor of zeros; in ``load_state_dict``, for
+            the state of another optimizer.
         TypeError: for parameters of another type.
         RuntimeError: in ``step``, for sparse gradients.
 
@@ -102,6 +103,17 @@ class ExponentiatedGradient(BaseOptimizer):
         _validate(self.param_groups[-1])
 
     @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            lacking = [f"`{name}`" for name in self.defaults if name != "betas" and name not in group]
+            if lacking:
+                raise ValueError(
+                    f"`state_dict` is of another optimizer than {self}, as a group has no {', '.join(lacking)}: load "
+                    "the model's weights alone, and begin with a fresh optimizer"
+                )
+        super().load_state_dict(state_dict)
+
+    @override
     def init_group(self, group: ParamGroup, **kwargs: Any) -> None:
         """Opens the state of those parameters that have a gradient for the first time, and refuses tensors of zeros."""
         for i, p in enumerate(group["params"]):
@@ -109,14 +121,14 @@ class ExponentiatedGradient(BaseOptimizer):
                 continue
             if p.grad.layout != torch.strided:
                 raise RuntimeError(
-                    f"{self} needs dense gradients, got {p.grad.layout}: build the embedding with sparse=False"
+                    f"{self} needs dense gradients, got {p.grad.layout}: build the embedding with `sparse=False`"
                 )
             if p not in self.state:
                 if group["zeros"] == "error" and group["hypentropy"] == 0 and _is_zero(p):
                     name = f"'{group['param_names'][i]}'" if "param_names" in group else str(i)
                     raise ValueError(
                         f"parameter {name} is all zeros and cannot leave 0 under exponentiated gradient; give its group"
-                        " hypentropy > 0 (dale_groups does) or zeros='keep'"
+                        " `hypentropy` above 0 (as `dale_groups` does) or `zeros='keep'`"
                     )
                 self.state[p] = {}  # empty without buffers, and yet says that the first step was taken
             if group.get("betas") and "exp_avg" not in self.state[p]:
@@ -329,7 +341,7 @@ def _validate(group: ParamGroup) -> None:
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"parameters are {p.dtype}, in which small relative steps vanish; train float32 ones, and use"
-                " precision='bf16-mixed' instead of 'bf16-true'"
+                " `precision='bf16-mixed'` instead of 'bf16-true'"
             )
     if group["normalize"]:
         _validate_rows(group)
@@ -338,10 +350,11 @@ def _validate(group: ParamGroup) -> None:
 def _validate_rows(group: ParamGroup) -> None:
     if group["hypentropy"] > 0:
         raise ValueError(
-            f'`normalize`="row" needs signs that stay, got `hypentropy` {group["hypentropy"]}: set it to 0'
+            f'`normalize="row"` needs signs that stay, and a group has `hypentropy` {group["hypentropy"]}, as '
+            "`dale_groups` gives to biases: set `normalize` in the group of the weights alone"
         )
     for p in group["params"]:
         if isinstance(p, DTensor) and any(
             at.is_shard() and (getattr(at, "dim", 0) > 0 or p.ndim < 2) for at in p.placements
         ):
-            raise ValueError(f'`normalize`="row" needs whole rows, got {p.placements}: shard along dimension 0')
+            raise ValueError(f'`normalize="row"` needs whole rows, got {p.placements}: shard along dimension 0')

@@ -1,5 +1,6 @@
 """Dale's law counted by hand, without a trace in the fit, whole and sharded."""
 
+import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -88,6 +89,15 @@ def test_counts_as_by_hand(law: bool) -> None:
     assert {name: seen.logged[-1][name] for name in NAMES} == pytest.approx(expected, rel=1e-5)
     assert (expected["dale/sign_flips"] == 0) == law
     assert [logged.keys() >= NAMES for logged in seen.logged[3:6]] == [False, True, True]
+
+
+def test_every_look_is_a_row_of_the_log(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer(callbacks=[DaleLaw(every_n_steps=3)], logger=logger, log_every_n_steps=50, max_steps=10).fit(make())
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["dale/sign_flips"]]
+    assert [int(row["step"]) for row in rows] == [3, 6, 9]
+    assert all(row[name] for row in rows for name in NAMES)
 
 
 def test_a_pruned_weight_is_no_flip_and_counts_as_zero() -> None:

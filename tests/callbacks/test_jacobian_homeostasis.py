@@ -326,11 +326,79 @@ def test_what_is_logged() -> None:
     )
     assert logged["homeostasis/symmetry"] == pytest.approx(jacobian_symmetry(net.field, r, x).mean().item(), abs=0.02)
     assert logged["homeostasis/residual"] == pytest.approx(net.last_residual.item(), abs=1e-7)
-    exact = adjoint_response(net.field, net.activation, net.last_state, x, net.last_signal, steps=400)
+    exact = adjoint_response(net.field, net.activation, net.last_state, x, net.last_backward.signal, steps=400)
     hidden = net.field.block("l1")
-    cosine = torch.cosine_similarity(exact[:, hidden], net.last_response[:, hidden]).mean().item()
+    cosine = torch.cosine_similarity(exact[:, hidden], net.last_backward.response[:, hidden]).mean().item()
     assert logged["homeostasis/alignment"] == pytest.approx(cosine, abs=1e-4)
     assert abs(cosine) < 0.99
+
+
+class Called(Classifier):
+    """With an exact gradient, whose alignment is 1, and calls by the test's own ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__("adjoint", batch_size=8)
+        self.way = way
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        if self.way == "unused":
+            return cross_entropy(self.readout(x[:, :4]), y)
+        with torch.set_grad_enabled(self.way != "no_grad"):
+            out = self.net(x)
+        if self.way == "twice":
+            out = out + self.net(1 - x)
+        if self.way == "two sizes":
+            out = out + self.net(1 - x[:2]).sum()
+        if self.way == "other batch":
+            self.net(x[:3])
+        if self.way == "no_grad batch":
+            with torch.no_grad():
+                self.net(x[:3])
+        return cross_entropy(self.readout(out.detach() if self.way == "detached" else out), y)
+
+
+@pytest.mark.parametrize("way", ["once", "twice", "two sizes", "other batch", "no_grad batch"])
+def test_the_alignment_of_an_exact_gradient_is_1(way: str) -> None:
+    torch.manual_seed(7)
+    callback = JacobianHomeostasis(0.0, log_alignment_every_n_steps=1)
+    logged = fit(Called(way), callback).callback_metrics
+    assert logged["homeostasis/alignment"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("coef", [0.0, 1.0])
+@pytest.mark.parametrize("way", ["unused", "detached", "no_grad"])
+def test_a_layer_that_takes_no_part_has_no_alignment(way: str, coef: float) -> None:
+    logged = fit(Called(way), JacobianHomeostasis(coef, log_alignment_every_n_steps=1)).callback_metrics
+    assert "homeostasis/alignment" not in logged
+    assert ("homeostasis/residual" in logged) == (way == "detached")
+
+
+def test_a_frozen_layer_is_only_watched() -> None:
+    module = make()
+    module.net.requires_grad_(False)
+    before = [param.clone() for param in module.net.parameters()]
+    logged = fit(module, JacobianHomeostasis(log_alignment_every_n_steps=1)).callback_metrics
+    assert "homeostasis/alignment" not in logged
+    assert logged["homeostasis/loss"] > 0
+    assert all(torch.equal(one, two) for one, two in zip(before, module.net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_second_derivative_and_the_penalty_exclude_each_other(linear: bool) -> None:
+    class Twice(Classifier):
+        @override
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            out = self.net(batch[0])
+            loss = out.sum() if linear else out.square().sum()
+            weight = self.net.field.weights["l1-out"]
+            (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+            return grad.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"no second derivative .* JacobianHomeostasis .* set its `coef` to 0"):
+        fit(Twice("unroll"), JacobianHomeostasis())
+    fit(Twice("unroll"), JacobianHomeostasis(0.0))
 
 
 def test_how_often() -> None:
@@ -377,8 +445,10 @@ class Two(Classifier):
         return self.second(images).square().mean()
 
 
-@pytest.mark.parametrize(("modules", "penalised"), [(None, {"net", "second"}), (["second"], {"second"})])
-def test_all_layers_or_some(modules: list[str] | None, penalised: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("modules", "penalised"), [(None, {"net", "second"}), (["second"], {"second"}), ("second", {"second"})]
+)
+def test_all_layers_or_some(modules: str | list[str] | None, penalised: set[str]) -> None:
     found = []
     for callbacks in ([], [JacobianHomeostasis(100.0, modules=modules)]):
         torch.manual_seed(0)
@@ -446,8 +516,8 @@ def test_sharded_weights_are_refused() -> None:
         ({"coef": math.nan}, "`coef` .* got nan"),
         ({"probes": 0}, "`probes` .* at least 1, got 0"),
         ({"estimator": "best"}, "`estimator` must be 'vjp', 'jvp' or 'exact', got 'best'"),
-        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1"),
-        ({"log_alignment_every_n_steps": -1}, "`log_alignment_every_n_steps` at least 0, got 1 and -1"),
+        ({"every_n_steps": 0}, "^`every_n_steps` .* at least 1, got 0"),
+        ({"log_alignment_every_n_steps": -1}, "^`log_alignment_every_n_steps` .* 0 for none, got -1"),
     ],
     ids=str,
 )

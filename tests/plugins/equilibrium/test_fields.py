@@ -151,15 +151,43 @@ def test_pooling_survives_large_values() -> None:
         (lambda: DenseField(4, {"a-b": 3}), "`sizes` has the entry 'a-b'"),
         (lambda: DenseField(4, {}), "`sizes` is empty"),
         (lambda: DenseField(0, {"l1": 3}), "`in_features` must be at least 1"),
-        (lambda: DenseField(4, {"l1": 3}, gain=-1.0), "`gain` at least 0"),
+        (lambda: DenseField(4, {"l1": 3}, gain=-1.0), "`gain` must be at least 0, got -1.0"),
+        (lambda: DenseField(4, {"l1": 3}, angle=math.inf), "`angle` must be a number of degrees, got inf"),
+        (lambda: ConvField((8, 8), (4,), 4), r"`in_shape` must be \(C, H, W\), got \(8, 8\)"),
+        (lambda: ConvField((1, 8, 8), (), 4), "`channels` is empty"),
+        (lambda: ConvField((1, 8, 8), (4,), 4, pool=0), "`pool` must be at least 1.* got 0"),
         (lambda: ConvField((1, 8, 8), (4, 4), 4), r"`out` would have maps of \(0, 0\) pixels"),
         (lambda: ConvField((1, 16, 16), (4,), 4), r"`out` would have maps of \(3, 3\) pixels"),
-        (lambda: ConvField((1, 8, 8), (4,), 4, kernel_size=2), "`kernel_size` is odd"),
+        (lambda: ConvField((1, 8, 8), (4,), 4, kernel_size=2), "`kernel_size` must be odd.* got 2"),
         (lambda: SoftmaxPool2d(0), "`kernel_size` must be at least 1"),
-        (lambda: SoftmaxPool2d(2, 0.0), "`temperature` above 0"),
+        (lambda: SoftmaxPool2d(2, 0.0), "`temperature` must be above 0, got 0.0"),
         (lambda: dense_field().block("l9"), "there is no block 'l9'"),
     ],
 )
 def test_bad_input(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DenseField(4, [3, 2]), r"`sizes` must map .*, got \[3, 2\]"),  # type: ignore[arg-type]
+        (
+            lambda: DenseField(4, {"l1": 3}, [("in", "l1")]),  # type: ignore[arg-type]
+            r"`connections` must map \"pre-post\" .*, got \[\('in', 'l1'\)\]",
+        ),
+    ],
+)
+def test_dictionaries_are_asked_for(make: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("blocks", "pool", "kernel_size"), [(1, 2, 3), (2, 2, 3), (3, 2, 3), (2, 1, 5)])
+def test_the_smallest_image(blocks: int, pool: int, kernel_size: int) -> None:
+    edge = pool**blocks * (pool + kernel_size - 1)
+    options = {"channels": (2,) * blocks, "out_features": 2, "pool": pool, "kernel_size": kernel_size}
+    assert ConvField((1, edge, edge), **options).sizes["out"] == 2
+    with pytest.raises(ValueError, match="`out` would have maps"):
+        ConvField((1, edge - 1, edge - 1), **options)

@@ -49,8 +49,8 @@ def test_propagation_is_the_untransposed_system_for_others() -> None:
     found = gradients(net, x)
     exact = gradients(layer(90.0, gradient="adjoint"), x)
     u = net.last_state
-    d = torch.linalg.solve(system(net.field, net.activation, u, x), net.last_signal)
-    torch.testing.assert_close(net.last_response, d, rtol=0, atol=1e-10)
+    d = torch.linalg.solve(system(net.field, net.activation, u, x), net.last_backward.signal)
+    torch.testing.assert_close(net.last_backward.response, d, rtol=0, atol=1e-10)
     for name in ("weights.in-l1", "weights.l1-l2", "x"):
         cosine = torch.cosine_similarity(found[name].flatten(), exact[name].flatten(), 0)
         assert cosine < 0.99, name
@@ -138,7 +138,7 @@ def test_no_graph_no_nudge() -> None:
         net(inputs())
     net.requires_grad_(False)
     assert not net(inputs()).requires_grad
-    assert not hasattr(net, "last_response")
+    assert net.last_backward is None
 
 
 @pytest.mark.parametrize("gradient", ["ep", "adjoint", "unroll"])
@@ -190,11 +190,83 @@ def test_weights_changed_before_the_backward_pass_are_noticed() -> None:
         out.sum().backward()
 
 
-def test_there_is_no_second_derivative_and_torch_says_so() -> None:
-    net = layer()
-    (grad,) = torch.autograd.grad(net(inputs()).square().sum(), net.field.weights["l1-l2"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("loss", [lambda out: out.square().sum(), lambda out: out.sum()], ids=["square", "sum"])
+@pytest.mark.parametrize("gradient", ["ep", "adjoint"])
+def test_there_is_no_second_derivative_and_the_message_says_so(gradient: Any, loss: Any) -> None:
+    net, x = layer(gradient=gradient), inputs().requires_grad_()
+    weight = net.field.weights["l1-l2"]
+    for wanted in (x, weight):
+        (grad,) = torch.autograd.grad(loss(net(x)), wanted, create_graph=True)
+        assert grad.requires_grad
+        with pytest.raises(RuntimeError, match="no second derivative with `gradient` 'ep' or 'adjoint': use 'unroll'"):
+            torch.autograd.grad(grad.square().sum(), wanted, retain_graph=True, allow_unused=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            grad.square().sum().backward()
+
+
+def test_a_backward_pass_leaves_one_record() -> None:
+    net, x, other = layer(gradient="adjoint"), inputs(), inputs(2, INPUTS, seed=8)
+    out = net(x)
+    with torch.no_grad():
+        net(other)
+    out.sum().backward()
+    record = net.last_backward
+    assert torch.equal(record.input, x)
+    torch.testing.assert_close(net.field(net.activation(record.state), x), record.state, rtol=0, atol=1e-12)
+    exact = torch.linalg.solve(system(net.field, net.activation, record.state, x).mT, record.signal)
+    torch.testing.assert_close(record.response, exact, rtol=0, atol=1e-12)
+    assert not any(tensor.requires_grad for tensor in record)
+    assert len(net.last_state) == 2
+
+
+@pytest.mark.parametrize("gradient", ["ep", "adjoint", "unroll"])
+@pytest.mark.parametrize("angle", [0.0, 90.0])
+def test_lbfgs_takes_the_weights(gradient: Any, angle: float) -> None:
+    net, x = layer(angle, gradient=gradient, free_steps=50, nudged_steps=10), inputs()
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = net(x).square().sum()
+        loss.backward()
+        return loss
+
+    before = closure().item()
+    assert all(p.is_contiguous() and p.grad.is_contiguous() for p in net.parameters())
+    optimizer.step(closure)
+    assert closure().item() < before
+
+
+class Clamped(EquilibriumField):
+    """Without complex numbers."""
+
+    def forward(self, r: Tensor, x: Tensor) -> Tensor:
+        return x[:, :4] + 0.1 * r.clamp(0, 1)
+
+
+def test_a_field_without_complex_numbers_is_named() -> None:
+    out = EquilibriumLayer(Clamped({"out": 4}), points=4)(inputs().requires_grad_())
+    message = r"`points` is 4, above 2, .* field that is holomorphic .*; Clamped is not \(clamp .*\): use at most 2"
+    with pytest.raises(ValueError, match=message):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("activation", [torch.relu, "relu", nn.ReLU], ids=str)
+def test_an_activation_is_a_module(activation: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"`activation` must be a module, got .*(?i:relu).*use an instance, .* nn.ReLU\(\)"
+    ):
+        EquilibriumLayer(dense_field(), activation)
+
+
+def test_a_field_is_one() -> None:
+    with pytest.raises(TypeError, match="`field` must be an EquilibriumField, such as a DenseField, got Linear"):
+        EquilibriumLayer(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh(), nn.Softplus(), nn.Hardtanh(), nn.Dropout(0.0), DSiLU()])
+def test_elementwise_activations_pass(activation: nn.Module) -> None:
+    EquilibriumLayer(dense_field(), activation)
 
 
 @pytest.mark.parametrize("points", [2, 4])
@@ -247,14 +319,20 @@ def test_it_can_be_copied_and_saved_after_a_backward_pass() -> None:
         ({"points": 0}, "`points` .* at least 1, got 0"),
         ({"beta": 0.0}, "`beta` .* above 0, got 0.0"),
         ({"beta": -1.0}, "`beta` .* above 0, got -1.0"),
-        ({"step_size": 0.0}, r"`step_size` in \(0, 1\], got .*0.0"),
-        ({"step_size": 1.1}, r"`step_size` in \(0, 1\]"),
+        ({"step_size": 0.0}, r"^`step_size` must be in \(0, 1\], got 0.0"),
+        ({"step_size": 1.1}, r"^`step_size` must be in \(0, 1\], got 1.1"),
         ({"free_steps": 0}, "`free_steps` must be at least 1, got 0"),
         ({"nudged_steps": 0}, "`nudged_steps` must be at least 1, got 0"),
         ({"tol": -1.0}, "`tol` must be at least 0, got -1.0"),
         ({"gradient": "backprop"}, "`gradient` must be 'ep', 'adjoint' or 'unroll', got 'backprop'"),
         ({"readout": "l9"}, r"`readout` must be a block of the field \(l1, l2, out\), got 'l9'"),
-        ({"activation": nn.PReLU()}, "`activation` has weights"),
+        ({"activation": nn.PReLU()}, r"`activation` \(PReLU\) has weights"),
+        ({"activation": nn.Softmax(-1)}, "`activation` must be elementwise, got Softmax"),
+        ({"activation": nn.Softmax(0)}, "`activation` must be elementwise, got Softmax"),
+        ({"activation": nn.LayerNorm(16, elementwise_affine=False)}, "must be elementwise, got LayerNorm"),
+        ({"activation": nn.Dropout(0.01)}, "`activation` must give each unit one value, .* got Dropout"),
+        ({"activation": nn.RReLU()}, "`activation` must give each unit one value, .* got RReLU"),
+        ({"activation": nn.GLU()}, "`activation` must give each unit one value, .* got GLU"),
         ({"activation": nn.ReLU(), "points": 4}, "ReLU is not .* ReLU, or any max.*: use ScaledSigmoid or DSiLU"),
     ],
     ids=str,

@@ -1,6 +1,7 @@
 """Log-normal weights have the moments that their docstring says, and their signs the pattern."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -102,3 +103,21 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 def test_a_vector_has_no_fan() -> None:
     with pytest.raises(ValueError, match=r"`tensor` must have at least two dimensions, got \(3,\)"):
         lognormal_(torch.empty(3))
+
+
+def test_one_warning_names_what_stays() -> None:
+    module = nn.ModuleDict({"a": nn.LSTM(3, 4), "b": nn.MultiheadAttention(8, 2), "c": nn.Linear(2, 2)})
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    with pytest.warns(UserWarning, match="`dale_init_` .*: use `lognormal_`") as caught:
+        dale_init_(module)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    stayed = {name for name, p in module.named_parameters() if p.ndim >= 2 and torch.equal(p, before[name])}
+    assert stayed == {"a.weight_ih_l0", "a.weight_hh_l0", "b.in_proj_weight"}
+    assert {name for name, p in module.named_parameters() if p.ndim >= 2 and name in str(caught[0].message)} == stayed
+
+
+def test_no_warning_without_other_weights() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dale_init_(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 2, 3), nn.Linear(4, 4)))

@@ -84,7 +84,8 @@ def test_known_numbers(steps: int, options: dict[str, Any], expected: list[float
 def test_moves_the_mirror_coordinate_by_the_gradient(seed: int, scale: float, b: float, lr: float) -> None:
     w, g = random(20, seed=seed) * 10**scale, random(20, seed=seed + 1)
     w_sparse = stepped(w, g, lr=lr)
-    assert_exact(w.sign() * w_sparse.abs().log() - w.sign() * w.abs().log(), -lr * g, 1e-12)
+    moved = w.sign() * (w_sparse.abs().log() - w.abs().log())  # of logarithms about 10, which round
+    torch.testing.assert_close(moved, -lr * g, rtol=1e-12, atol=1e-13)
     hypentropy = stepped(w, g, lr=lr, hypentropy=b)
     torch.testing.assert_close((hypentropy / b).asinh() - (w / b).asinh(), -lr * g, rtol=1e-12, atol=1e-11)
 
@@ -422,7 +423,7 @@ def _refuses_columns(rank: int) -> list[str]:
     messages = []
     for shape, dim in (((4, 4), 1), ((4,), 0)):
         sharded = nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(dim)]))
-        with pytest.raises(ValueError, match="`normalize`") as caught:
+        with pytest.raises(ValueError, match="`normalize=") as caught:
             ExponentiatedGradient([sharded], normalize="row")
         messages.append(str(caught.value))
     ExponentiatedGradient([nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))], normalize="row")
@@ -455,7 +456,10 @@ def test_rows_must_be_whole() -> None:
         ({"norm": 0.0}, "`norm` is the sum of a row and must be positive, got 0.0"),
         ({"max_log_step": 0.0}, "`max_log_step` must be positive, or None for no bound, got 0.0"),
         ({"zeros": "raise"}, r"`zeros` must be one of \('error', 'keep'\), got 'raise'"),
-        ({"normalize": "row", "hypentropy": 1.0}, '`normalize`="row" needs signs that stay, got `hypentropy` 1.0'),
+        (
+            {"normalize": "row", "hypentropy": 1.0},
+            '`normalize="row"` needs signs that stay, and a group has `hypentropy` 1.0, .* group of the weights alone',
+        ),
         ({"lr": math.nan}, "`lr` .*got nan"),
     ],
     ids=str,
@@ -469,14 +473,14 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64], ids=str)
 def test_refuses_other_types(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=rf"parameters are {dtype}, .* use precision='bf16-mixed'"):
+    with pytest.raises(TypeError, match=rf"parameters are {dtype}, .* use `precision='bf16-mixed'`"):
         ExponentiatedGradient([nn.Parameter(torch.ones(2, dtype=dtype))])
 
 
 def test_a_bf16_true_fit_does_not_start() -> None:
     module = make(make_optimizer=ExponentiatedGradient)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    with pytest.raises(TypeError, match="use precision='bf16-mixed' instead of 'bf16-true'"):
+    with pytest.raises(TypeError, match="use `precision='bf16-mixed'` instead of 'bf16-true'"):
         Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, **options).fit(module)
 
 
@@ -484,7 +488,7 @@ def test_refuses_sparse_gradients() -> None:
     embedding = nn.Embedding(5, 2, sparse=True)
     optimizer = ExponentiatedGradient(embedding.parameters())
     embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"needs dense gradients, got torch.sparse_coo: .* sparse=False"):
+    with pytest.raises(RuntimeError, match=r"needs dense gradients, got torch.sparse_coo: .* `sparse=False`"):
         optimizer.step()
 
 
@@ -492,8 +496,8 @@ def test_a_tensor_of_zeros_is_named() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     nn.init.zeros_(module[0].bias)
     message = (
-        r"parameter {} is all zeros and cannot leave 0 under exponentiated gradient; give its group hypentropy > 0"
-        r" \(dale_groups does\) or zeros='keep'"
+        r"parameter {} is all zeros and cannot leave 0 under exponentiated gradient; give its group `hypentropy` above"
+        r" 0 \(as `dale_groups` does\) or `zeros='keep'`"
     )
     for params, name in ((module.named_parameters(), "'0.bias'"), (module.parameters(), "1")):
         optimizer = ExponentiatedGradient(params)
@@ -525,3 +529,26 @@ def test_zeros_after_the_first_step_are_the_users() -> None:
 def test_biases_need_hypentropy() -> None:
     with pytest.raises(ValueError, match=r"`bias_hypentropy` must be positive, or biases of 0 never move, got 0.0"):
         dale_groups(nn.Linear(2, 2), bias_hypentropy=0.0)
+
+
+def test_rows_of_the_weights_alone() -> None:
+    module = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="as `dale_groups` gives to biases: set `normalize` in the group of the weig"):
+        ExponentiatedGradient(dale_groups(module), normalize="row")
+    weights, others = dale_groups(module)
+    optimizer = ExponentiatedGradient([weights | {"normalize": "row"}, others])
+    module(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(module.weight.detach().abs().sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.SGD])
+def test_the_state_of_another_optimizer_is_refused(other: Any) -> None:
+    module = nn.Linear(2, 2)
+    optimizer = other(module.parameters(), lr=0.1)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    mine = ExponentiatedGradient(module.parameters(), betas=(0.9, 0.99))
+    with pytest.raises(ValueError, match=r"another optimizer than ExponentiatedGradient, .* no .*`hypentropy`.*fresh"):
+        mine.load_state_dict(optimizer.state_dict())
+    mine.load_state_dict(ExponentiatedGradient(module.parameters()).state_dict())
