@@ -19,6 +19,10 @@ from fulgurite.plugins.seeds import derived_seed
 _LINEAR = ("nll_loss", "kl_div")
 
 
+class NoOutputs(ValueError):
+    """Nothing tells where the loss splits."""
+
+
 class LossOperator(CurvatureOperator):
     """A curvature matrix of the loss of ``source``, averaged over the ranks as DDP averages gradients.
 
@@ -353,12 +357,15 @@ def split(graph: LossGraph) -> list[Tensor]:
     """The outputs that the loss depends on; refuses what would make the Gauss-Newton matrix wrong."""
     outputs = [output for output in graph.outputs if _reaches(graph, output)]
     if not outputs:
-        raise ValueError(
+        raise NoOutputs(
             "no known loss function was called with a prediction: pass `outputs=<submodule>` to the recorder, or take "
             "the `HessianOperator`, which is `curvature='hessian'` of an optimizer"
         )
     if any(output.is_leaf for output in outputs):
-        raise ValueError("a recorded output is itself a parameter: take the `HessianOperator`")
+        raise ValueError(
+            "a recorded output is itself a parameter: take the `HessianOperator`, which is `curvature='hessian'` of an "
+            "optimizer"
+        )
     for output in outputs:
         others = {edge_of(other) for other in outputs if other is not output}
         if any(edge in others for node in walk([output]) for edge in node.next_functions):

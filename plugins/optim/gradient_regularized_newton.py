@@ -25,7 +25,9 @@ from fulgurite.plugins.linalg import (
     hutchinson_diagonal,
     lanczos,
 )
+from fulgurite.plugins.linalg.curvature import NoOutputs
 from fulgurite.plugins.linalg.distributed import Peers
+from fulgurite.plugins.linalg.module_loss import SkippedBatch
 from fulgurite.plugins.optim.objectives import ClosureLoss, Objective, StoredLoss
 from fulgurite.plugins.optim.shifted_systems import (
     Conjugate,
@@ -45,6 +47,12 @@ _PROBES = 10  # of a metric's diagonal
 _DECAY = 0.9  # of the running diagonal
 _FLOOR = 0.1  # of a metric, as a fraction of its mean
 _OPERATORS: dict[str, type[LossOperator]] = {"hessian": HessianOperator, "fisher": FisherOperator}
+_NO_RATE = (
+    "GradientRegularizedNewton has no `lr`, its steps adapt themselves: remove what asks for it, a scheduler, "
+    "LearningRateFinder, LearningRateMonitor or StochasticWeightAveraging"
+)
+_METRICS = ["gamma", "lambda", "grad_norm", "step_norm", "krylov_dim", "trials", "products", "closures"]
+_METRICS += ["search_failed"]
 
 
 class GradientRegularizedNewton(BaseOptimizer):
@@ -81,14 +89,15 @@ class GradientRegularizedNewton(BaseOptimizer):
             steps; or positive numbers, ``(P,)``.
         outputs: where the loss is split for ``"ggn"`` and ``"fisher"``, see
             :func:`~fulgurite.plugins.linalg.record_loss`.
-        subsample: the fraction of the micro-batches that the curvature is of, in (0, 1]; below 1 it needs
+        subsample: the fraction of the micro-batches that the curvature is of, rounded up, in (0, 1]; below 1 it needs
             :class:`~fulgurite.callbacks.CurvatureBatches`.
         tol_grad: where ``|g|*`` is at most that, nothing happens.
         process_group: the data-parallel ranks; None for all.
 
     Attributes:
         metrics: of the last step, ``grn/`` and: ``gamma``, as the next step will try it; ``lambda``, ``grad_norm``,
-            ``step_norm``, ``krylov_dim``, ``trials``, ``products``, ``closures``, ``search_failed``.
+            ``step_norm``, ``krylov_dim``, ``trials``, ``products``, ``closures``, ``search_failed``. After a batch that
+            was skipped, ``lambda`` and ``grad_norm`` are not there.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -146,6 +155,22 @@ class GradientRegularizedNewton(BaseOptimizer):
         self._validate(self.param_groups[0])
 
     @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes ``gamma``, its bounds, ``theta``, ``subsample`` and ``tol_grad`` too; the rest is the constructor's.
+
+        Raises:
+            ValueError: for the state of another optimizer.
+        """
+        missing = [name for name in self.defaults if name not in state_dict["param_groups"][0]]
+        if missing:
+            raise ValueError(
+                f"`state_dict` is of another optimizer, it has no {missing}: load weights alone, `fit` without "
+                "`ckpt_path`"
+            )
+        super().load_state_dict(state_dict)
+        self.param_groups = [_Group(group) for group in self.param_groups]
+
+    @override
     def init_group(self, group: ParamGroup, **kwargs: Any) -> None:
         """Does nothing: state comes with the first step."""
 
@@ -197,11 +222,14 @@ class GradientRegularizedNewton(BaseOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step, or none where the search fails: the parameters are then as they were.
 
+        A batch that is skipped, for which the closure returns None and calls no ``backward``, changes nothing at x; at
+        a trial it is a rejection.
+
         Args:
             closure: clears the gradients, computes the loss and its gradients, returns the loss.
 
         Returns:
-            The loss at x.
+            The loss at x; None where it was skipped.
 
         Raises:
             NoClosureError: without a closure.
@@ -228,6 +256,15 @@ class GradientRegularizedNewton(BaseOptimizer):
             kind = _OPERATORS.get(self.curvature, GGNOperator if self.recorded is not None else HessianOperator)
             op = kind(objective.source, params, group=self.process_group)
             self._take(objective, op)
+        except SkippedBatch:
+            self.metrics = {f"grn/{name}": 0.0 for name in _METRICS if name not in ("lambda", "grad_norm")}
+            self.metrics |= {"grn/gamma": group["gamma"], "grn/closures": 1.0}
+            return None
+        except NoOutputs as error:
+            raise ValueError(
+                "no known loss function of `torch.nn.functional` was called with a prediction: name the submodule that "
+                'returns the prediction, `GradientRegularizedNewton(outputs=self.net)`, or take `curvature="hessian"`'
+            ) from error
         finally:
             objective.end()
         group["n_steps"] += 1
@@ -268,7 +305,8 @@ class GradientRegularizedNewton(BaseOptimizer):
                 if isinstance(system, Krylov):  # a larger lambda needs no more products
                     objective.release()
                 try:
-                    _write(params, start, at.op.unflatten(at.scaled(step)))
+                    steps = at.op.unflatten(at.scaled(step))
+                    _write(params, (x + h for x, h in zip(start, steps, strict=True)))
                     accepted = at.op.peers.decide(self._accepts(objective, at, step, lam), at.op.device)
                 finally:
                     if not accepted:
@@ -301,7 +339,6 @@ class GradientRegularizedNewton(BaseOptimizer):
 
     def _system(self, op: CurvatureOperator, slope: Tensor) -> ShiftedSystem:
         """What solves ``(H + lambda) h = -slope`` for any lambda."""
-        tolerance = (self.param_groups[0]["theta"], 4 * torch.finfo(op.dtype).eps)
         match self.curvature:
             case "identity":
                 return Diagonal(torch.zeros_like(slope), slope)
@@ -309,9 +346,8 @@ class GradientRegularizedNewton(BaseOptimizer):
                 return Diagonal(self._running_diagonal(op), slope)
             case "low_rank":
                 return LowRank(*self._ritz(op, slope), slope)
-        if self.solver == "cg":
-            return Conjugate(op, slope, tolerance, self.max_krylov)
-        return Krylov(op, slope, tolerance, self.max_krylov)
+        solver = Conjugate if self.solver == "cg" else Krylov
+        return solver(op, slope, self.param_groups[0]["theta"], self.max_krylov)
 
     # ---- what lasts longer than a step -------------------------------------------------------------------------------
 
@@ -368,19 +404,6 @@ class GradientRegularizedNewton(BaseOptimizer):
         return kept[0], kept[1]
 
 
-_METRICS = [
-    "gamma",
-    "lambda",
-    "grad_norm",
-    "step_norm",
-    "krylov_dim",
-    "trials",
-    "products",
-    "closures",
-    "search_failed",
-]
-
-
 @dataclass
 class _Point:
     """Where a step begins.
@@ -403,15 +426,18 @@ class _Point:
 
 
 class _Group(dict[str, Any]):
-    """Says to a scheduler what is wrong."""
+    """Says to what asks for a learning rate that there is none."""
 
     def __missing__(self, key: str) -> Any:
+        raise KeyError(_NO_RATE if key == "lr" else key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
         if key == "lr":
-            raise KeyError("GradientRegularizedNewton has no `lr`, its steps adapt themselves: remove the scheduler")
-        raise KeyError(key)
+            raise KeyError(_NO_RATE)
+        super().__setitem__(key, value)
 
 
-def _write(params: list[Tensor], values: list[Tensor], steps: list[Tensor] | None = None) -> None:
+def _write(params: list[Tensor], values: Iterable[Tensor]) -> None:
     """Through ``data``, which counts no version: the kept graph stays valid."""
-    for i, (param, value) in enumerate(zip(params, values, strict=True)):
-        param.data.copy_(value if steps is None else value + steps[i])
+    for param, value in zip(params, values, strict=True):
+        param.data.copy_(value)

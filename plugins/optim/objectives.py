@@ -10,11 +10,13 @@ import torch
 from pytorch_optimizer.base.exception import NoSparseGradientError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from fulgurite.plugins.linalg import LossGraph, ModuleLoss, record_loss
 from fulgurite.plugins.linalg.curvature import vjp
 from fulgurite.plugins.linalg.distributed import Peers
+from fulgurite.plugins.linalg.module_loss import SkippedBatch
 
 
 class Objective(ABC):
@@ -40,11 +42,14 @@ class Objective(ABC):
 
         Args:
             subsample: the fraction of the batches that ``source`` is of.
+
+        Raises:
+            SkippedBatch: where there is no loss.
         """
 
     @abstractmethod
     def again(self) -> tuple[Tensor, Tensor]:
-        """Loss and gradient at the present parameters."""
+        """Loss and gradient at the present parameters; the loss is not a number where there is none."""
 
     def release(self) -> None:
         """Frees the graph at x."""
@@ -72,17 +77,16 @@ class ClosureLoss(Objective):
                 f"`subsample` is {subsample}, but a closure shows no batches: attach "
                 "`fulgurite.callbacks.CurvatureBatches()`"
             )
-        with _watch_buffers(self._before), _Recording(self.params, self.outputs) as recording, torch.enable_grad():
+        found = _Gradients(self.params)
+        recording = _Recording(self.params, self.outputs)
+        with _watch_buffers(self._before), found, recording, torch.enable_grad():
             result = self.closure()
+            if result is None and not found.recorded:
+                raise SkippedBatch("the closure returned None and called no `backward`")
+        found.refuse_changes()
         self._after = [(buffer, buffer.clone()) for buffer, _ in self._before.values()]
-        self.source, self.gradient = recording.graph, recording.gradient
+        self.source, self.gradient = recording.graph, found.gradient
         self.loss, self.missing = self._value(result), sum(p.grad is None for p in self.params)
-        change = (self._gradient() - self.gradient).norm()
-        if not change <= 1e-3 * self.gradient.norm() and bool(self.gradient.isfinite().all()):
-            raise RuntimeError(
-                "the gradients after the closure are not those of `backward`: remove `gradient_clip_val`, since lambda"
-                " already bounds the step, and what else changes gradients"
-            )
         tensors = [self.source.root, *self.params]
         self.rounding = max(32 * torch.finfo(tensor.dtype).eps for tensor in tensors)
         # Under autocast the loss is the mean of numbers that are rounded more coarsely than it is.
@@ -95,17 +99,17 @@ class ClosureLoss(Objective):
             param.grad = None
         _put_back(self._before.values())
         _set_random_states(self._random, self.params[0].device)
-        with torch.enable_grad():
+        with _Gradients(self.params) as found, torch.enable_grad():
             result = self.closure()
-        return self._value(result), self._gradient()
+        found.refuse_changes()
+        if result is None and not found.recorded:
+            return _nothing(self.params)
+        return self._value(result), found.gradient
 
     @override
     def end(self) -> None:
         super().end()
         _put_back(self._after)
-
-    def _gradient(self) -> Tensor:
-        return _flat([p.grad for p in self.params], self.params)
 
     def _value(self, result: Any) -> Tensor:
         if not isinstance(result, Tensor) or result.numel() != 1:
@@ -125,22 +129,23 @@ class StoredLoss(Objective):
 
     @override
     def begin(self, subsample: float) -> Any:
-        with torch.enable_grad():
+        with _Gradients(self.params) as found, torch.enable_grad():
             result = self.closure()
+        found.refuse_changes()
         n_batches = len(self.stored.batches)
         count = math.ceil(subsample * n_batches)
-        if subsample < 1 and count == n_batches:
-            raise ValueError(
-                f"`subsample` ({subsample}) takes whole micro-batches, and of {n_batches} that is all: raise "
-                "`accumulate_grad_batches`"
-            )
         self.source = self.stored.fresh(count)
-        self.loss, self.gradient = self._evaluate(self.source if count == n_batches else self._passing())
+        loss, gradient = self._evaluate(self.source if count == n_batches else self._passing())
+        self.loss, self.gradient = loss, self.peers.mean_(gradient)
         return result
 
     @override
     def again(self) -> tuple[Tensor, Tensor]:
-        return self._evaluate(self._passing())
+        try:
+            loss, gradient = self._evaluate(self._passing())
+        except SkippedBatch:
+            loss, gradient = _nothing(self.params)
+        return loss, self.peers.mean_(gradient)
 
     def _passing(self) -> ModuleLoss:
         """The same loss, whose graphs nobody keeps."""
@@ -153,13 +158,54 @@ class StoredLoss(Objective):
             losses.append(weight * graph.root.detach().double())
             part = _flat(vjp([graph.root], self.params), self.params).mul_(weight)
             gradients = [part if not gradients else gradients[0].add_(part)]
-        return torch.stack(losses).sum(), self.peers.mean_(gradients[0])
+        return torch.stack(losses).sum(), gradients[0]
+
+
+class _Gradients(TorchFunctionMode):
+    """Takes the gradients as ``backward`` leaves them, within the block.
+
+    Attributes:
+        gradient: ``(P,)``, from the first ``backward`` on.
+        recorded: whether there was one.
+    """
+
+    gradient: Tensor
+
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__()
+        self.params, self.recorded = params, False
+        self._left: list[tuple[Tensor | None, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func is torch.Tensor.backward:
+            if any(p.grad is not None and p.grad.layout != torch.strided for p in self.params):
+                raise NoSparseGradientError("GradientRegularizedNewton", " Use `sparse=False`")
+            self.gradient, self._left, self.recorded = self._flat(), self._versions(), True
+        return result
+
+    def refuse_changes(self) -> None:
+        """Raises where something else than ``backward`` wrote to a gradient, be it the same numbers."""
+        if not self.recorded:
+            return
+        # Versions show what clips below its bound, and numbers what goes through `data`.
+        pairs = zip(self._left, self._versions(), strict=True)
+        same = all(a is b and before == after for (a, before), (b, after) in pairs)
+        if not (same and torch.equal(self._flat().nan_to_num(), self.gradient.nan_to_num())):
+            raise RuntimeError(
+                "the gradients after the closure are not as `backward` left them: remove `gradient_clip_val`, since "
+                "lambda already bounds the step, and what else changes gradients"
+            )
+
+    def _flat(self) -> Tensor:
+        return _flat([p.grad for p in self.params], self.params)
+
+    def _versions(self) -> list[tuple[Tensor | None, int]]:
+        return [(p.grad, 0 if p.grad is None else p.grad._version) for p in self.params]
 
 
 class _Recording(record_loss):
-    """Takes the gradients as ``backward`` leaves them."""
-
-    gradient: Tensor
+    """Refuses gradients that are there already."""
 
     def __init__(self, params: list[Tensor], outputs: Any) -> None:
         super().__init__(outputs)
@@ -174,9 +220,11 @@ class _Recording(record_loss):
                 "of all; raise the batch size, or attach `fulgurite.callbacks.CurvatureBatches()`"
             )
         super()._backward(*args, **kwargs)
-        if any(p.grad is not None and p.grad.layout != torch.strided for p in self._of):
-            raise NoSparseGradientError("GradientRegularizedNewton", " Use `sparse=False`")
-        self.gradient = _flat([p.grad for p in self._of], self._of)
+
+
+def _nothing(params: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What a batch is worth that is skipped."""
+    return torch.tensor(math.nan, dtype=torch.float64, device=params[0].device), _flat([None] * len(params), params)
 
 
 def _flat(gradients: Sequence[Tensor | None], params: list[Tensor]) -> Tensor:

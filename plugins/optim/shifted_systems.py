@@ -25,11 +25,19 @@ class ShiftedSystem(ABC):
 
 
 class Krylov(ShiftedSystem):
-    """By one Lanczos basis, which serves all shifts; it grows for the first one alone."""
+    """By one Lanczos basis, which serves all shifts; it grows for the first one alone.
 
-    def __init__(self, op: CurvatureOperator, slope: Tensor, tolerance: tuple[float, float], limit: int) -> None:
+    Args:
+        op: H.
+        slope: g, ``(P,)``.
+        theta: the residual is at most ``theta lambda |h|``, or rounding.
+        limit: products, at most.
+    """
+
+    def __init__(self, op: CurvatureOperator, slope: Tensor, theta: float, limit: int) -> None:
         self.run, self.norm, self.device = lanczos(op, 1, v0=slope), float(slope.norm()), op.device
-        (self.theta, self.eps), self.limit, self.closed = tolerance, min(limit, op.shape[0]), False
+        self.theta, self.eps, self.limit = theta, _rounding(op), min(limit, op.shape[0])
+        self.closed = False
         self.peers = op.peers
 
     @override
@@ -50,6 +58,11 @@ class Krylov(ShiftedSystem):
         return -self.run.lift(torch.tensor(y, dtype=torch.float64))
 
 
+def _rounding(op: CurvatureOperator) -> float:
+    """Relative size of a residual that no product makes smaller."""
+    return 4 * torch.finfo(op.dtype).eps
+
+
 def _thomas(diagonal: list[float], beside: list[float], shift: float, first: float) -> list[float] | None:
     """Solves a tridiagonal system with the right side ``first e1``; None where the matrix is not positive."""
     pivots, right = [diagonal[0] + shift], [first]
@@ -68,11 +81,11 @@ def _thomas(diagonal: list[float], beside: list[float], shift: float, first: flo
 
 
 class Conjugate(ShiftedSystem):
-    """By conjugate gradients, anew for each shift."""
+    """By conjugate gradients, anew for each shift; arguments as for :class:`Krylov`."""
 
-    def __init__(self, op: CurvatureOperator, slope: Tensor, tolerance: tuple[float, float], limit: int) -> None:
+    def __init__(self, op: CurvatureOperator, slope: Tensor, theta: float, limit: int) -> None:
         self.op, self.slope, self.limit = op, slope, limit
-        self.theta, self.eps = tolerance
+        self.theta, self.eps = theta, _rounding(op)
 
     @override
     def solve(self, lam: float) -> Tensor | None:

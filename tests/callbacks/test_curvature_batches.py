@@ -1,5 +1,6 @@
 """CurvatureBatches: micro-batches are one batch, nothing of a trial is seen, and the numbers are logged."""
 
+import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -124,9 +125,72 @@ def test_a_fraction_of_the_micro_batches_serves_the_curvature(tmp_path: Path) ->
     assert max(losses.values()) < 1.0
 
 
-def test_refuses_a_fraction_of_one_batch(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`subsample` \(0.5\) takes whole micro-batches.*`accumulate_grad_batches`"):
-        train(tmp_path, Rows(subsample=0.5))
+@pytest.mark.parametrize(("fraction", "parts"), [(0.5, 1), (0.9, 4)])
+def test_refuses_a_fraction_that_is_all(fraction: float, parts: int, tmp_path: Path) -> None:
+    message = rf"`subsample` \({fraction}\) takes whole micro-batches, and of {parts} .*`accumulate_grad_batches`"
+    with pytest.raises(MisconfigurationException, match=message):
+        train(tmp_path, Rows(parts, subsample=fraction), parts)
+
+
+def test_a_short_last_window_serves_the_curvature_as_a_whole(tmp_path: Path) -> None:
+    """Of four micro-batches three make a step, and then one."""
+    module = Rows(4, subsample=0.3)
+    train(tmp_path, module, 3, max_steps=4)
+    assert module.trainer.global_step == 4
+    assert module.trainer.optimizers[0].metrics["grn/search_failed"] == 0
+
+
+def test_a_schedule_of_accumulation_may_take_a_fraction_later(tmp_path: Path) -> None:
+    module = Rows(4, subsample=0.5)
+    train(tmp_path, module, callbacks=[CurvatureBatches(), GradientAccumulationScheduler({0: 1, 1: 4})], max_steps=6)
+    assert module.trainer.global_step == 6
+
+
+class Clipped(Rows):
+    @override
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 1e9)
+
+
+def test_refuses_a_hook_that_clips(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="not as `backward` left them"):
+        train(tmp_path, Clipped(2), 2, max_steps=1)
+
+
+class Skipping(Rows):
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return None if batch_idx in (1, 4, 7) else super().training_step(batch, batch_idx)
+
+
+def test_a_batch_that_is_skipped_skips_the_step(tmp_path: Path) -> None:
+    """Of the steps of batches 0 and 1, 2 and 3, 4 and 5, 6 and 7 only the second one has all it needs."""
+    module = Skipping(8)
+    logger = CSVLogger(tmp_path)
+    train(tmp_path, module, 2, max_steps=4, logger=logger, log_every_n_steps=1)
+    assert module.trainer.optimizers[0].param_groups[0]["n_steps"] == 1
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["grn/trials"] for row in rows if row["grn/trials"]] == ["0.0", rows[1]["grn/trials"], "0.0", "0.0"]
+    assert float(rows[1]["grn/trials"]) > 0
+
+
+def test_refuses_manual_optimization(tmp_path: Path) -> None:
+    module = Rows()
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="needs automatic optimization"):
+        train(tmp_path, module)
+
+
+def test_refuses_a_loss_by_hand_in_words_of_the_optimizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`GradientRegularizedNewton\(outputs=self.net\)`"):
+        train(tmp_path, ByHand(2), 2)
+
+
+class ByHand(Rows):
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return (self(batch[0]) - batch[1]).square().mean()
 
 
 def test_dropout_repeats_within_a_step_and_not_from_step_to_step(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """GradientRegularizedNewton against the paper's numbers, closed forms and an independent dense implementation."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -14,11 +15,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from pytorch_optimizer.base.exception import NoClosureError, NoSparseGradientError
 from torch import Tensor, nn
 from torch.func import grad, hessian
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
 
 from fulgurite.plugins.optim import GradientRegularizedNewton
 from tests.plugins.linalg.dense import Dense, batch, network
@@ -533,10 +537,31 @@ def test_refuses_parameters_it_cannot_take() -> None:
         GradientRegularizedNewton([flat])
 
 
-def test_refuses_a_scheduler() -> None:
+@pytest.mark.parametrize("loaded", [False, True])
+def test_refuses_a_scheduler(loaded: bool) -> None:
     optimizer = GradientRegularizedNewton([nn.Parameter(torch.ones(2))])
-    with pytest.raises(KeyError, match=r"no `lr`.*remove the scheduler"):
+    if loaded:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(KeyError, match=r"no `lr`.*remove .* a scheduler.*LearningRateFinder"):
         torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with pytest.raises(KeyError, match=r"no `lr`"):
+        optimizer.param_groups[0]["lr"] = 0.1
+
+
+def test_refuses_the_state_of_another_optimizer() -> None:
+    x = nn.Parameter(torch.ones(2))
+    state = torch.optim.Adam([x]).state_dict()
+    with pytest.raises(ValueError, match=r"`state_dict` is of another optimizer, it has no \['gamma'"):
+        GradientRegularizedNewton([x]).load_state_dict(state)
+
+
+def test_a_state_brings_the_numbers_of_the_group() -> None:
+    x = nn.Parameter(torch.ones(2))
+    state = GradientRegularizedNewton([x], theta=0.9, gamma=3.0, max_krylov=7).state_dict()
+    optimizer = GradientRegularizedNewton([x], theta=0.1, max_krylov=5)
+    optimizer.load_state_dict(state)
+    assert (optimizer.param_groups[0]["theta"], optimizer.param_groups[0]["gamma"]) == (0.9, 3)
+    assert optimizer.max_krylov == 5
 
 
 @pytest.mark.parametrize(
@@ -589,7 +614,7 @@ def test_refuses_an_unknown_loss_unless_told_where_to_split() -> None:
             return loss
 
         if fails:
-            with pytest.raises(ValueError, match=r"pass `outputs=<submodule>`.*`curvature='hessian'`"):
+            with pytest.raises(ValueError, match=r"`GradientRegularizedNewton\(outputs=self.net\)`.*hessian"):
                 optimizer.step(closure)
         else:
             optimizer.step(closure)
@@ -612,6 +637,79 @@ def test_refuses_changed_gradients() -> None:
 
     with pytest.raises(RuntimeError, match="remove `gradient_clip_val`"):
         run.optimizer.step(clipped)
+
+
+def wave(x: Tensor) -> Tensor:
+    """A slope of -1/2, and waves above 1."""
+    return (-0.5 * x + (x > 1) * 0.15 * (1 - torch.cos(12 * (x - 1)))).sum()
+
+
+def test_a_steep_trial_is_rejected() -> None:
+    run = Run(wave, [0.0], "identity", gamma=4.0)
+    assert run.step()["trials"] == 2
+    assert run.x.tolist() == [2]
+
+
+@pytest.mark.parametrize("change", ["in place", "through data", "replaced"])
+def test_refuses_gradients_that_change_at_a_trial_alone(change: str) -> None:
+    run = Run(wave, [0.0], "identity", gamma=4.0)
+
+    def closure() -> Tensor:
+        loss = run.closure()
+        if run.evaluations > 1:
+            match change:
+                case "in place":
+                    run.x.grad.clamp_(-0.1, 0.1)
+                case "through data":
+                    run.x.grad.data.clamp_(-0.1, 0.1)
+                case _:
+                    run.x.grad = run.x.grad.clamp(-0.1, 0.1)
+        return loss
+
+    with pytest.raises(RuntimeError, match="not as `backward` left them"):
+        run.optimizer.step(closure)
+    assert run.evaluations == 2
+    assert run.x.tolist() == [0]
+
+
+def test_refuses_clipping_that_does_not_bite_yet() -> None:
+    run = Run(wave, [0.0], "identity", gamma=4.0)
+
+    def closure() -> Tensor:
+        loss = run.closure()
+        nn.utils.clip_grad_norm_([run.x], 0.6)  # of 0.5
+        return loss
+
+    with pytest.raises(RuntimeError, match="not as `backward` left them"):
+        run.optimizer.step(closure)
+    assert run.evaluations == 1
+
+
+# ---- batches that are skipped ------------------------------------------------------------------------------------
+
+
+def test_a_skipped_batch_changes_nothing() -> None:
+    run = Run(rosenbrock, [-2.0, 2.0], metric="diagonal")
+    run.step()
+    before, state = run.x.detach().clone(), copy.deepcopy(run.optimizer.state_dict())
+    assert run.optimizer.step(lambda: None) is None
+    assert torch.equal(run.x, before)
+    assert str(run.optimizer.state_dict()) == str(state)
+    metrics = run.optimizer.metrics
+    assert (metrics["grn/closures"], metrics["grn/trials"], metrics["grn/step_norm"]) == (1, 0, 0)
+    assert metrics["grn/gamma"] == state["param_groups"][0]["gamma"]
+    assert "grn/grad_norm" not in metrics
+    run.step()
+    assert "grn/grad_norm" in run.optimizer.metrics
+
+
+def test_a_trial_that_is_skipped_is_rejected() -> None:
+    run = Run(wave, [0.0], "identity", gamma=1.0)
+    assert run.step()["trials"] == 1
+    run = Run(wave, [0.0], "identity", gamma=1.0)
+    run.optimizer.step(lambda: None if float(run.x.detach()) > 0.6 else run.closure())
+    assert run.optimizer.metrics["grn/trials"] == 2
+    assert run.x.tolist() == [0.5]
 
 
 def test_refuses_subsampling_a_closure() -> None:
@@ -657,13 +755,38 @@ def test_warns_once_of_parameters_without_gradient() -> None:
     ("options", "message"),
     [
         ({"gradient_clip_val": 0.01}, "remove `gradient_clip_val`"),
+        ({"gradient_clip_val": 1e9}, "remove `gradient_clip_val`"),
+        ({"gradient_clip_val": 1e9, "gradient_clip_algorithm": "value"}, "remove `gradient_clip_val`"),
         ({"accumulate_grad_batches": 3}, "raise the batch size, or attach `fulgurite.callbacks.CurvatureBatches"),
     ],
     ids=str,
 )
 def test_a_trainer_that_changes_gradients_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=message):
-        fit(tmp_path, make(make_optimizer=GradientRegularizedNewton), "auto", devices=1, **options)
+        fit(tmp_path, make(make_optimizer=GradientRegularizedNewton), "auto", devices=1, **options, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    "callback", [LearningRateFinder(update_attr=False), LearningRateMonitor(), StochasticWeightAveraging(0.01)], ids=str
+)
+def test_callbacks_that_ask_for_a_rate_are_refused(callback: Any, tmp_path: Path) -> None:
+    options = {"logger": CSVLogger(tmp_path), "max_epochs": 4, "max_steps": -1, "default_root_dir": tmp_path}
+    with pytest.raises(KeyError, match=f"no `lr`.*{type(callback).__name__}"):
+        fit(tmp_path, Full(make_optimizer=GradientRegularizedNewton), "auto", 1, callbacks=[callback], **options)
+
+
+class Skipping(Regressor):
+    """Without a loss in every second batch."""
+
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+
+def test_a_training_step_may_skip_batches(tmp_path: Path) -> None:
+    module = Skipping(blocks=1, make_optimizer=GradientRegularizedNewton)
+    fit(tmp_path, module, "auto", devices=1, max_steps=6)
+    assert module.trainer.optimizers[0].param_groups[0]["n_steps"] == 3
 
 
 class Full(Regressor):

@@ -7,7 +7,7 @@ from torch import Tensor
 from fulgurite.plugins.linalg import DenseOperator
 from fulgurite.plugins.optim.shifted_systems import Conjugate, Diagonal, Krylov, LowRank, Preconditioned, ShiftedSystem
 
-EXACT = (0.0, 1e-15)
+EXACT = 0.0
 
 
 def matrix(lowest: float = 0.1, size: int = 12) -> Tensor:
@@ -53,7 +53,7 @@ def test_an_indefinite_matrix_has_a_solution_from_a_shift_on(kind: type[Krylov] 
 def test_a_basis_serves_larger_shifts_without_another_product(theta: float) -> None:
     a, slope = matrix(size=40, lowest=1e-3), torch.ones(40, dtype=torch.float64)
     op = DenseOperator(a)
-    system = Krylov(op, slope, (theta, 1e-15), 40)
+    system = Krylov(op, slope, theta, 40)
     system.solve(0.01)
     products = op.n_products
     for lam in (0.02, 0.1, 1.0, 100.0):
