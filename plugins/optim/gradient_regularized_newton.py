@@ -222,8 +222,8 @@ class GradientRegularizedNewton(BaseOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step, or none where the search fails: the parameters are then as they were.
 
-        A batch that is skipped, for which the closure returns None and calls no ``backward``, changes nothing at x; at
-        a trial it is a rejection.
+        A batch that is skipped, for which the closure clears the gradients, calls no ``backward`` and returns None,
+        changes nothing at x; at a trial it is a rejection.
 
         Args:
             closure: clears the gradients, computes the loss and its gradients, returns the loss.

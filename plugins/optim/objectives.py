@@ -81,7 +81,8 @@ class ClosureLoss(Objective):
         recording = _Recording(self.params, self.outputs)
         with _watch_buffers(self._before), found, recording, torch.enable_grad():
             result = self.closure()
-            if result is None and not found.recorded:
+            # Gradients without a `backward` are of a manual `step()`, for which Lightning makes a closure up.
+            if result is None and not found.recorded and not _are_there(self.params):
                 raise SkippedBatch("the closure returned None and called no `backward`")
         found.refuse_changes()
         self._after = [(buffer, buffer.clone()) for buffer, _ in self._before.values()]
@@ -213,13 +214,17 @@ class _Recording(record_loss):
 
     @override
     def _backward(self, *args: Any, **kwargs: Any) -> None:
-        if self._root is None and any(p.grad is not None and bool(p.grad.any()) for p in self._of):
+        if self._root is None and _are_there(self._of):
             raise RuntimeError(
                 "there are gradients already where `backward` begins. Without `accumulate_grad_batches`: call "
                 "`zero_grad` in the closure. With it: the loss of the last batch would be tested against the gradient "
                 "of all; raise the batch size, or attach `fulgurite.callbacks.CurvatureBatches()`"
             )
         super()._backward(*args, **kwargs)
+
+
+def _are_there(params: list[Tensor]) -> bool:
+    return any(p.grad is not None and bool(p.grad.any()) for p in params)
 
 
 def _nothing(params: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -692,7 +692,7 @@ def test_a_skipped_batch_changes_nothing() -> None:
     run = Run(rosenbrock, [-2.0, 2.0], metric="diagonal")
     run.step()
     before, state = run.x.detach().clone(), copy.deepcopy(run.optimizer.state_dict())
-    assert run.optimizer.step(lambda: None) is None
+    assert run.optimizer.step(run.optimizer.zero_grad) is None
     assert torch.equal(run.x, before)
     assert str(run.optimizer.state_dict()) == str(state)
     metrics = run.optimizer.metrics
@@ -773,6 +773,26 @@ def test_callbacks_that_ask_for_a_rate_are_refused(callback: Any, tmp_path: Path
     options = {"logger": CSVLogger(tmp_path), "max_epochs": 4, "max_steps": -1, "default_root_dir": tmp_path}
     with pytest.raises(KeyError, match=f"no `lr`.*{type(callback).__name__}"):
         fit(tmp_path, Full(make_optimizer=GradientRegularizedNewton), "auto", 1, callbacks=[callback], **options)
+
+
+class Manual(Regressor):
+    """Calls ``step`` without a closure."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=1, make_optimizer=GradientRegularizedNewton)
+        self.automatic_optimization = False
+
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_refuses_a_manual_step_without_a_closure(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"call `loss.backward\(\)` inside the closure"):
+        fit(tmp_path, Manual(), "auto", devices=1, max_steps=1)
 
 
 class Skipping(Regressor):
