@@ -35,7 +35,7 @@ def slope(activation: nn.Module, u: Tensor) -> Tensor:
 def is_holomorphic(activation: nn.Module) -> bool:
     """Whether a step along i changes ``phi`` by i times what the same step along 1 does, at a few places."""
     step = 1e-5
-    z = torch.complex(*torch.linspace(-2, 2, 14, dtype=torch.float64).view(7, 2).T.contiguous())
+    z = torch.complex(*torch.linspace(-2, 2, 14, dtype=torch.float64, device="cpu").view(7, 2).T.contiguous())
     try:
         along_1 = (activation(z + step) - activation(z - step)) / (2 * step)
         along_i = (activation(z + 1j * step) - activation(z - 1j * step)) / (2j * step)
@@ -55,7 +55,7 @@ def check_activation(activation: object, units: int) -> None:
     if any(True for _ in activation.parameters()):
         raise ValueError(f"`activation` ({name}) has weights, which no response reaches: use one without")
     trial = copy.deepcopy(activation).train()  # dropout is random in training alone
-    z = torch.linspace(-2, 2, units * max(4, 4096 // units)).view(-1, units)
+    z = torch.linspace(-2, 2, units * max(4, 4096 // units), device="cpu").view(-1, units)
     before = trial(z)
     if before.shape != z.shape or not _same(before, trial(z)).all():
         raise ValueError(f"`activation` must give each unit one value, always the same, got {name}, which does not")

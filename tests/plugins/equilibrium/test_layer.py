@@ -342,6 +342,12 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
         EquilibriumLayer(dense_field(), **options)
 
 
+def test_it_is_built_without_storage() -> None:
+    with torch.device("meta"):
+        net = EquilibriumLayer(DenseField(INPUTS, {"out": 3}), points=4)
+    assert all(param.is_meta for param in net.parameters())
+
+
 def test_two_points_take_any_activation() -> None:
     EquilibriumLayer(dense_field(), nn.ReLU(), points=2)(inputs()).sum().backward()
 
