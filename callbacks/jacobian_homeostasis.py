@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -90,11 +89,7 @@ class JacobianHomeostasis(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-                raise MisconfigurationException(
-                    "JacobianHomeostasis needs whole weights in the backward pass, and "
-                    f"{type(trainer.strategy).__name__} shards them: use strategy='ddp'"
-                )
+            require_whole_parameters(self, trainer)
             self._layers = self._find(pl_module)
             for name, layer in self._layers.items():
                 self._check(name, layer)

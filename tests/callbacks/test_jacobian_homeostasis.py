@@ -505,7 +505,7 @@ class NoLayer(LightningModule):
 def test_sharded_weights_are_refused() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy_was, trainer._accelerator_connector.strategy = trainer.strategy, FSDPStrategy()
-    with pytest.raises(MisconfigurationException, match="FSDPStrategy shards them: use strategy='ddp'"):
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy holds pieces: train by"):
         JacobianHomeostasis().setup(trainer, make(), "fit")
 
 
