@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from fulgurite.callbacks.requirements import require_whole_parameters
 from fulgurite.plugins.equilibrium import Backward, EquilibriumLayer, attach_loss, homeostatic_loss, jacobian_symmetry
 from fulgurite.plugins.equilibrium.homeostasis import MAX_JACOBIAN, Estimator, check_estimator
 from fulgurite.plugins.seeds import derived_seed
