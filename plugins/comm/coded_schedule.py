@@ -71,15 +71,15 @@ class Schedule(ABC):
         self.jobs = math.inf if jobs is None else jobs
         self.round = -1
         self.plans: dict[int, Plan] = {}  # of the rounds whose jobs may still be open
-        self._have = np.zeros((delay + 1, n, plain + groups), dtype=bool)  # job t in row t mod (delay + 1)
+        # Job t in block t mod (delay + 1), a row a column of the table, and a last row that IDLE points at.
+        self._have = np.zeros((delay + 1, plain + groups + 1, n), dtype=bool)
         self._models = models
         self._late = np.zeros((n, max(model.window for model in models) - 1), dtype=bool)  # of the rounds before this
         self._back = np.zeros(n, dtype=bool)  # whose results of this round came in while it ran
 
     def have(self, job: int) -> Mask:
-        """``(n, plain + groups)``: the results of a job that have come in."""
-        rows: Mask = self._have[job % (self.delay + 1)]
-        return rows
+        """``(plain + groups, n)``: the results of a job that have come in."""
+        return self._have[job % (self.delay + 1), :-1]
 
     def is_open(self, job: int) -> bool:
         """Whether results of the job are kept: from its first round until the one after its last begins."""
@@ -88,7 +88,7 @@ class Schedule(ABC):
     def is_complete(self, job: int) -> bool:
         """Whether enough results are there to decode, whichever they are."""
         have = self.have(job)
-        return bool(have[:, : self.plain].all() and (have[:, self.plain :].sum(0) >= self.n - self.s).all())
+        return bool(have[: self.plain].all() and (have[self.plain :].sum(1) >= self.n - self.s).all())
 
     def begin(self, r: int) -> Plan:
         """Ends round ``r - 1`` and gives the tasks of round ``r``; asked again, it gives the same."""
@@ -157,11 +157,10 @@ class Schedule(ABC):
 
     def _fill(self, have: Mask, r: int, workers: Mask) -> None:
         plan = self.plans[r]
-        slot, worker = ((plan.columns != IDLE) & workers).nonzero()
-        job = plan.jobs[slot, worker]
-        if r < self.round:  # late: its other jobs are over, and another has their place
-            slot, worker, job = (part[job >= self.round - self.delay] for part in (slot, worker, job))
-        have[job % (self.delay + 1), worker, plan.columns[slot, worker]] = True
+        # Jobs before the oldest open one are over and others have their blocks: for those the result is too late.
+        kept = workers & (plan.jobs >= self.round - self.delay)
+        have[plan.jobs % (self.delay + 1), plan.columns, np.arange(self.n)] |= kept
+        have[:, IDLE] = False
 
     @abstractmethod
     def _plan(self, r: int) -> Plan:
@@ -185,7 +184,7 @@ class GradientCodeSchedule(Schedule):
         return Plan(np.full((1, self.n), r), columns)
 
     def _completable(self, have: Mask) -> bool:
-        return bool(np.count_nonzero(have) >= self.n - self.s)
+        return bool(np.count_nonzero(have[0, 0]) >= self.n - self.s)
 
 
 class SelectiveRepeatSchedule(Schedule):
@@ -212,14 +211,14 @@ class SelectiveRepeatSchedule(Schedule):
         jobs = np.full(self.n, r)
         columns = np.full(self.n, 0 if r < self.jobs else IDLE)
         if self.is_open(r - self.delay):
-            lacking = (~self.have(r - self.delay)[:, 0]).nonzero()[0]
+            lacking = (~self.have(r - self.delay)[0]).nonzero()[0]
             repeating = lacking[: max(0, len(lacking) - self.s)]
             jobs[repeating], columns[repeating] = r - self.delay, 0
         return Plan(jobs[None], columns[None])
 
     def _completable(self, have: Mask) -> bool:
         due = self.round - self.delay
-        return not self.is_open(due) or bool(np.count_nonzero(have[due % (self.delay + 1)]) >= self.n - self.s)
+        return not self.is_open(due) or bool(np.count_nonzero(have[due % (self.delay + 1), 0]) >= self.n - self.s)
 
 
 class MultiplexedSchedule(Schedule):
@@ -253,9 +252,8 @@ class MultiplexedSchedule(Schedule):
                 continue
             columns[m] = m if m < self.plain + self.groups else IDLE
             if m >= self.plain:
-                plain = self.have(r - m)[:, : self.plain]
-                lowest = plain.argmin(1)
-                columns[m] = np.where(plain.all(1), columns[m], lowest)
+                plain = self.have(r - m)[: self.plain]
+                columns[m] = np.where(plain.all(0), columns[m], plain.argmin(0))
         return Plan(np.tile(r - np.arange(self.slots)[:, None], self.n), columns)
 
     def _completable(self, have: Mask) -> bool:
@@ -263,14 +261,14 @@ class MultiplexedSchedule(Schedule):
             if not self.is_open(self.round - m):
                 continue
             rows = have[(self.round - m) % self.slots]
-            lacking = min(m + 1, self.plain) - rows[:, : min(m + 1, self.plain)].sum(1)
+            lacking = min(m + 1, self.plain) - rows[: min(m + 1, self.plain)].sum(0)
             repeats_left = min(self.B, self.delay - m)
             if lacking.max() > repeats_left:
                 return False
             # Who lacks a chunk repeats it in the next slot, and the coded group of that slot lacks his result.
             if self.groups and repeats_left and np.count_nonzero(lacking) > self.s:
                 return False
-            if self.groups and m >= self.plain and rows[:, self.plain : m + 1].sum(0).min() < self.n - self.s:
+            if self.groups and m >= self.plain and rows[self.plain : m + 1].sum(1).min() < self.n - self.s:
                 return False
         return True
 

@@ -137,7 +137,7 @@ class _CodedJobs:
                 f" got {len(results)}"
             )
         for (job, column), result in zip(columns, results, strict=True):
-            if self.schedule.is_open(job) and not self.schedule.have(job)[worker, column]:
+            if self.schedule.is_open(job) and not self.schedule.have(job)[column, worker]:
                 self._sums.setdefault(job, _JobSum()).add(self, worker, column, result)
         self.schedule.mark(r, np.arange(self.n) == worker)
 
@@ -200,12 +200,12 @@ class _CodedJobs:
     def _lacks(self, job: int) -> str | None:
         """What a job is short of: the first group that is not decoded, or plain chunks."""
         have, plain = self.schedule.have(job), self.schedule.plain
-        if not have[:, :plain].all():
-            return f"have {int(have[:, :plain].sum())}, need {self.n * plain} results of plain chunks"
+        if not have[:plain].all():
+            return f"have {int(have[:plain].sum())}, need {self.n * plain} results of plain chunks"
         done = self._sums[job].done if job in self._sums else set()
         for group in range(self.schedule.groups):
             if group not in done:
-                count = int(have[:, plain + group].sum())
+                count = int(have[plain + group].sum())
                 return f"have {count}, need {self.n - self.schedule.s} coded results of group {group}"
         return None
 

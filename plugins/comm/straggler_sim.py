@@ -25,7 +25,7 @@ class DelayProfile:
 
     Args:
         times: ``(n, rounds)``, seconds from the start of a round to the worker's result, not negative.
-        load: share of a batch that a worker computed in them; ``1 / n`` where nothing was coded.
+        load: share of a batch that a worker computed in them: ``1 / n`` where training was uncoded.
         seconds_per_load: seconds that one more unit of load would take a worker.
         carry_over: a worker that is late finishes what it began before it turns to the next round; for injected delays.
 
@@ -66,9 +66,9 @@ class DelayProfile:
         tail: float = 2.5,
         seconds_per_load: float = 2.2,
     ) -> "DelayProfile":
-        """Draws a profile in which each worker turns slow and normal again at random, at load ``1 / n``.
+        """Draws a profile in which each worker turns slow and normal again at random, at load 0.
 
-        A normal result takes ``base_s exp(jitter N(0, 1))``; a slow one ``slowdown`` times a Pareto variable more,
+        A normal result takes ``base_s exp(jitter N(0, 1))``, a slow one ``slowdown`` times a Pareto variable more,
         whose least value is 1. Workers start in the long-run mixture of the two states.
 
         Args:
@@ -77,7 +77,7 @@ class DelayProfile:
             p: probability that a normal worker is slow in the next round.
             q: probability that a slow worker is normal in the next round, so bursts last ``1 / q`` rounds.
             seed: of the draw.
-            base_s: median seconds of a normal result.
+            base_s: median seconds of a normal result without load.
             jitter: standard deviation of the logarithm.
             slowdown: least factor of a slow result.
             tail: exponent of the Pareto variable.
@@ -97,7 +97,7 @@ class DelayProfile:
         noise = torch.randn(n, rounds, dtype=torch.float64, generator=generator)
         uniform = torch.rand(n, rounds, dtype=torch.float64, generator=generator)
         factor = torch.where(slow, slowdown * (1 - uniform) ** (-1 / tail), 1.0)
-        return cls(base_s * (jitter * noise).exp() * factor, 1 / n, seconds_per_load)
+        return cls(base_s * (jitter * noise).exp() * factor, 0.0, seconds_per_load)
 
     @classmethod
     def from_csv(cls, path: str | Path) -> "DelayProfile":
@@ -253,7 +253,7 @@ def search(
     simulation waits by, SR-SGC depends on ``B`` and its ``s`` alone: ``W = B + 1`` stands for all ``W``.
 
     Args:
-        profile: as measured without a code, at least ``jobs + max_delay`` rounds.
+        profile: at least ``jobs + max_delay`` rounds.
         jobs: gradients of a run.
         schemes: which to try.
         max_delay: longest delay in rounds.

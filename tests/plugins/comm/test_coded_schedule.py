@@ -31,15 +31,14 @@ MULTIPLEXED = [
     *((3, 2, 3, lam, 7) for lam in (1, 2, 3)),
     (4, 1, 3, 2, 6),
     (3, 2, 4, 2, 8),
-    (3, 3, 4, 2, 8),
+    (2, 3, 4, 1, 8),
+    pytest.param(3, 3, 4, 2, 8, marks=pytest.mark.slow),
 ]
 SELECTIVE = [(3, 1, 2, 2, 7, 30175), (3, 2, 3, 2, 8, 111655), (4, 1, 3, 3, 6, 33749)]  # the last: number of patterns
 
 
-@pytest.mark.parametrize(
-    ("n", "B", "W", "lam", "rounds", "bounded"),
-    [(*case, bounded) for case in MULTIPLEXED for bounded in (False, True) if case[1] < 3 or not bounded],
-)
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize(("n", "B", "W", "lam", "rounds"), MULTIPLEXED)
 def test_multiplexed_bears_every_admitted_pattern(n: int, B: int, W: int, lam: int, rounds: int, bounded: bool) -> None:
     def make() -> Schedule:
         return MultiplexedSchedule(n, B, W, lam, rounds - (W - 2 + B) if bounded else None)

@@ -262,7 +262,7 @@ def test_gilbert_elliott_has_the_rates_and_times_that_were_asked_for() -> None:
     assert float(normal.mean()) == pytest.approx(math.log(0.65), abs=2e-3)
     assert float(normal.std()) == pytest.approx(0.08, abs=2e-3)
     assert float(profile.times[slow].median()) == pytest.approx(2.2 * 0.65 * 2 ** (1 / 2.5), rel=0.02)
-    assert (profile.load, profile.seconds_per_load, profile.carry_over) == (1 / n, 2.2, False)
+    assert (profile.load, profile.seconds_per_load, profile.carry_over) == (0.0, 2.2, False)
 
 
 def test_gilbert_elliott_is_a_function_of_its_seed() -> None:
@@ -354,6 +354,49 @@ def test_carry_over_takes_the_gain_of_multiplexed_away() -> None:
 
     assert best("m_sgc", False) < 0.9 * best("gc", False)
     assert best("m_sgc", True) > 0.95 * best("gc", True)
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_load", "uncoded", "wait_all", "selective", "multiplexed"),
+    [(2.2, 3.25, 1.045, 0.977, 0.923), (8.0, 2.57, 1.145, 0.971, 0.779)],
+)
+def test_256_workers_with_bursts_of_one_round(
+    seconds_per_load: float, uncoded: float, wait_all: float, selective: float, multiplexed: float
+) -> None:
+    """Times as multiples of the best gradient code's, against another implementation's with draws of its own.
+
+    Over its three draws they deviated by 0.07, 0.008, 0.008 and 0.028; the median of ours may be four times that away.
+    """
+
+    def ratios(seed: int) -> list[float]:
+        profile = DelayProfile.gilbert_elliott(256, 203, 0.02, 0.97, seed, seconds_per_load=seconds_per_load)
+
+        def best(scheme: Any, grid: list[dict[str, int]], wait: Any = "complete") -> float:
+            return min(simulate(scheme, profile, 200, wait=wait, **params).total_s for params in grid)
+
+        codes = [{"s": s} for s in range(4, 20, 2)]
+        bursts_of_one = [{"B": 1, "W": 2, "lam": lam} for lam in range(8, 48, 10)]
+        bursts_of_two = [{"B": 2, "W": 3, "lam": lam} for lam in range(18, 48, 10)]
+        times = [
+            best("gc", [{"s": 0}]),
+            best("gc", codes, "all"),
+            best("sr_sgc", [{"B": 1, "W": W, "lam": lam} for W in (2, 3) for lam in range(8, 48, 10)]),
+            best("m_sgc", bursts_of_one + bursts_of_two),
+        ]
+        return [time / best("gc", codes) for time in times]
+
+    medians = torch.tensor([ratios(seed) for seed in range(3)]).median(0).values
+    assert float(medians[0]) == pytest.approx(uncoded, abs=0.28)
+    assert float(medians[1]) == pytest.approx(wait_all, abs=0.032)
+    assert float(medians[2]) == pytest.approx(selective, abs=0.032)
+    assert float(medians[3]) == pytest.approx(multiplexed, abs=0.11)
+
+
+def test_long_bursts_are_not_for_multiplexed() -> None:
+    profile = DelayProfile.gilbert_elliott(256, 124, 0.01, 0.6, seed=0, seconds_per_load=1.122)
+    gc = min(simulate("gc", profile, 120, s=s).total_s for s in range(2, 30, 4))
+    grid = [{"B": B, "W": W, "lam": lam} for B, W in ((2, 3), (2, 4)) for lam in range(8, 79, 10)]
+    assert 1.25 < min(simulate("m_sgc", profile, 120, **params).total_s for params in grid) / gc < 1.5
 
 
 @pytest.mark.parametrize(
