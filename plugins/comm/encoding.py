@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Code = Literal["balanced", "fractional_repetition", "cyclic"]
-_TOLERANCE = 1e-6  # of the ones that a combination must give; float64 leaves 1e-9 with 256 workers
+_TOLERANCE = 1e-6  # of the ones that a combination must give; float64 leaves 1e-8 with 256 workers
 
 
 class UndecodableError(RuntimeError):

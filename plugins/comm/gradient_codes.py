@@ -106,9 +106,9 @@ class _CodedJobs:
         What was not received until now counts as late. Rounds come in order from 0; the same round may be asked again.
         The jobs of which nothing is left to do yield no task, and all lists are empty in a round that may be skipped.
         """
-        plan = self.schedule.begin(r)
+        self.schedule.begin(r)
         self._sums = {job: total for job, total in self._sums.items() if self.schedule.is_open(job)}
-        return [self._tasks(r, worker) for worker in range(len(plan.busy))]
+        return [self._tasks(r, worker) for worker in range(self.n)]
 
     def receive(self, r: int, worker: int, results: Sequence[Tensor]) -> None:
         """Takes the results of a worker for its tasks of round ``r``.
