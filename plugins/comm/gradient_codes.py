@@ -20,10 +20,9 @@ from fulgurite.plugins.comm.coded_schedule import (
     Rule,
     Schedule,
     SelectiveRepeatSchedule,
-    delay,
-    lower_bound,
-    normalized_load,
 )
+from fulgurite.plugins.comm.coded_sum import Coder, JobSum
+from fulgurite.plugins.comm.coding_schemes import delay, lower_bound, normalized_load
 from fulgurite.plugins.comm.encoding import Code, UndecodableError, decode_vector, encoding_matrix
 from fulgurite.plugins.comm.straggler_models import (
     ArbitraryModel,
@@ -83,8 +82,8 @@ class _CodedJobs:
         self.schedule = schedule
         self.n, self.load, self.delay = schedule.n, schedule.load, schedule.delay
         if schedule.groups:
-            self._code = _Coder(self.n, schedule.s, code, seed)
-        self._sums: dict[int, _JobSum] = {}
+            self._code = Coder(self.n, schedule.s, code, seed)
+        self._sums: dict[int, JobSum] = {}
         self._set_chunks()
 
     def _set_chunks(self) -> None:
@@ -138,7 +137,7 @@ class _CodedJobs:
             )
         for (job, column), result in zip(columns, results, strict=True):
             if self.schedule.is_open(job) and not self.schedule.have(job)[column, worker]:
-                self._sums.setdefault(job, _JobSum()).add(self, worker, column, result)
+                self._add(self._sums.setdefault(job, JobSum()), worker, column, result)
         self.schedule.mark(r, np.arange(self.n) == worker)
 
     def affordable(self, r: int, missing: set[int], rule: Rule = "complete") -> bool:
@@ -183,7 +182,13 @@ class _CodedJobs:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from :meth:`state_dict` of an object with the same arguments."""
         self.schedule.load_state_dict(_as_arrays(state["schedule"]))
-        self._sums = {job: _JobSum.from_state(total) for job, total in state["sums"].items()}
+        self._sums = {job: JobSum.from_state(total) for job, total in state["sums"].items()}
+
+    def _add(self, total: JobSum, worker: int, column: int, result: Tensor) -> None:
+        if column < self.schedule.plain:
+            total.add(result)
+        else:
+            total.add_coded(self._code, column - self.schedule.plain, worker, result)
 
     def _tasks(self, r: int, worker: int) -> list[Task]:
         plain = self.schedule.plain
@@ -298,101 +303,6 @@ class Multiplexed(_CodedJobs):
         self.n_chunks = plain + coded
         self.chunk_weights = torch.full((self.n_chunks,), self.schedule.coded_weight, dtype=torch.float64)
         self.chunk_weights[:plain] = self.schedule.plain_weight
-
-
-class _Coder:
-    """A code's rows, and how its results are put together."""
-
-    def __init__(self, n: int, s: int, code: Code, seed: int) -> None:
-        self.n, self.s, self.matrix = n, s, encoding_matrix(n, s, code, seed)
-        supports = [row.nonzero()[:, 0] for row in self.matrix]
-        self.rows = [(support.tolist(), row[support]) for support, row in zip(supports, self.matrix, strict=True)]
-        self.sums_runs = code != "cyclic"
-        self.classes_alike = n % (s + 1) == 0  # then each run of chunks is that of s + 1 workers, and any one will do
-
-    def place(self, worker: int) -> tuple[int, int, int]:
-        """The piece of the batch that a worker's result belongs to, its class, and the results that fill the piece."""
-        k = worker % (self.s + 1)
-        return (worker // (self.s + 1), k, 1) if self.classes_alike else (0, k, len(range(k, self.n, self.s + 1)))
-
-    @property
-    def pieces(self) -> int:
-        return self.n // (self.s + 1) if self.classes_alike else 1
-
-
-class _JobSum:
-    """What is known of one job's gradient: a sum of all that is final, and the groups that are not."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.done: set[int] = set()  # groups in the sum
-        self.filled: dict[int, set[int]] = {}  # pieces of other groups in the sum
-        self.parts: dict[int, dict[tuple[int, int], tuple[Tensor, int]]] = {}  # group -> place -> sum and count
-
-    def add(self, jobs: _CodedJobs, worker: int, column: int, result: Tensor) -> None:
-        group = column - jobs.schedule.plain
-        if group < 0:
-            self._add_total(result)
-        elif group not in self.done:
-            (self._add_run if jobs._code.sums_runs else self._add_row)(jobs._code, group, worker, result)
-
-    def _add_total(self, result: Tensor, weight: float = 1) -> None:
-        if self.total is None:
-            self.total = torch.zeros_like(result)
-        self.total.add_(result, alpha=weight)
-
-    def _add_run(self, code: _Coder, group: int, worker: int, result: Tensor) -> None:
-        """Adds to the sum of the worker's class; the first class that fills a piece is taken, the others dropped."""
-        piece, k, size = code.place(worker)
-        filled, parts = self.filled.setdefault(group, set()), self.parts.setdefault(group, {})
-        if piece in filled:
-            return
-        if (piece, k) in parts:
-            total, count = parts[piece, k]
-            parts[piece, k] = total.add_(result), count + 1
-        elif size > 1:
-            parts[piece, k] = result.clone(), 1
-        if size == 1 or parts[piece, k][1] == size:
-            self._add_total(result if size == 1 else parts[piece, k][0])
-            filled.add(piece)
-            self.parts[group] = {place: part for place, part in parts.items() if place[0] != piece}
-        if len(filled) == code.pieces:
-            self._finish(group)
-
-    def _add_row(self, code: _Coder, group: int, worker: int, result: Tensor) -> None:
-        """Keeps the result until its weight is known: when all but ``s`` are there."""
-        parts = self.parts.setdefault(group, {})
-        parts[worker, 0] = result.clone(), 1
-        if len(parts) == code.n - code.s:
-            weights = decode_vector(code.matrix, [place[0] for place in parts])
-            for (sender, _), (vector, _) in sorted(parts.items(), key=lambda part: part[0]):
-                self._add_total(vector, float(weights[sender]))
-            self._finish(group)
-
-    def _finish(self, group: int) -> None:
-        self.done.add(group)
-        self.parts.pop(group, None)
-        self.filled.pop(group, None)
-
-    def state_dict(self) -> dict[str, Any]:
-        parts = [
-            [group, *place, total.clone(), count]
-            for group, places in self.parts.items()
-            for place, (total, count) in places.items()
-        ]
-        filled = {group: sorted(pieces) for group, pieces in self.filled.items()}
-        total = None if self.total is None else self.total.clone()
-        return {"total": total, "done": sorted(self.done), "filled": filled, "parts": parts}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "_JobSum":
-        loaded = cls()
-        loaded.total = None if state["total"] is None else state["total"].clone()
-        loaded.done = set(state["done"])
-        loaded.filled = {group: set(pieces) for group, pieces in state["filled"].items()}
-        for group, piece, k, total, count in state["parts"]:
-            loaded.parts.setdefault(group, {})[piece, k] = total.clone(), count
-        return loaded
 
 
 def _as_tensors(value: Any) -> Any:

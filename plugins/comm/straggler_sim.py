@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fulgurite.plugins.comm.coded_schedule import Rule, Schedule, Scheme, make_schedule
+from fulgurite.plugins.comm.coded_schedule import Rule, Schedule
+from fulgurite.plugins.comm.coding_schemes import Scheme, make_schedule
 
 Wait = Literal["conform", "complete", "all"]
 Seconds = NDArray[np.float64]
