@@ -241,50 +241,59 @@ class GradientCoherence(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, event: "_Event", parts: int) -> None:
         """``event.gradients`` are sums over all ranks, of ``parts`` gradients whose mean is meant."""
-        sizes = {name: param.numel() for name, param in pl_module.named_parameters()}
-        shares = [event.squares.get(name, torch.zeros(())).double().cpu() for name in self._only]
-        seen = [float(name in event.squares) for name in self._only]
-        counts = [float(event.examples), float(event.norms), float(event.coupled)]
-        numbers = torch.cat([torch.tensor(counts + seen, dtype=torch.float64), torch.stack(shares)])
-        if _ranks(trainer) > 1:
-            numbers = trainer.strategy.reduce(numbers.to(pl_module.device), reduce_op="sum").cpu()
-        m, norms, coupled = numbers[:3].tolist()
-        seen, shares = numbers[3:].view(2, -1).tolist()
+        m, norms, coupled, squares = self._joined(trainer, pl_module, event)
         if m < 2:
             if not self.history:
-                raise ValueError(f"coherence needs at least 2 examples in a step, got {int(m)}: raise the batch size")
+                raise ValueError(f"coherence needs at least 2 examples in a step, got {m}: raise the batch size")
             self._warn("a step of one example, such as an epoch's last, has no coherence: set `drop_last`")
             return
-        squares = {name: share for name, number, share in zip(self._only, seen, shares, strict=True) if number}
         tops = {name: float(event.gradients[name].double().square().sum()) for name in squares}
-        whole, below = sum(tops.values()), sum(squares.values())
-        alpha_m = whole / below if below else math.nan
+        layers = {name: tops[name] / square if square else math.nan for name, square in squares.items()}
+        below = sum(squares.values())
+        alpha_m = sum(tops.values()) / below if below else math.nan
         scalars = {
             "alpha_m": alpha_m,
             "alpha": alpha_m / m,
             "alpha_unbiased": (alpha_m - 1) / (m - 1),
-            "m": m,
-            "grad_norm": whole**0.5 / parts,
+            "m": float(m),
+            "grad_norm": sum(tops.values()) ** 0.5 / parts,
             "mean_example_norm": norms / parts,
         }
-        layers = {name: tops[name] / share if share else math.nan for name, share in squares.items()}
         self.history.append({"step": event.step, **scalars, "layers": layers})
-        scalars["covered"] = sum(sizes[name] for name in squares) / sum(
-            param.numel() for param in pl_module.parameters() if param.requires_grad
-        )
+        sizes = {name: param.numel() for name, param in pl_module.named_parameters() if param.requires_grad}
+        scalars["covered"] = sum(sizes[name] for name in squares) / sum(sizes.values())
+        scalars |= {"coupled": 1.0} if coupled else {}
+        scalars |= {f"layer/{name}": value for name, value in layers.items()} if self.per_layer else {}
+        log_now(trainer, {f"coherence/{name}": value for name, value in scalars.items()})
+        self._doubt(alpha_m, m, coupled)
+
+    def _joined(
+        self, trainer: Trainer, pl_module: LightningModule, event: "_Event"
+    ) -> tuple[int, float, bool, dict[str, float]]:
+        """Over all ranks: examples, the sum of their norms, whether they are coupled, squares by parameter."""
+        counts = torch.tensor([event.examples, event.norms, event.coupled], dtype=torch.float64)
+        seen = torch.tensor([name in event.squares for name in self._only], dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64)
+        squares = torch.stack([event.squares.get(name, zero).cpu() for name in self._only])
+        if _ranks(trainer) > 1:
+            numbers = torch.cat([counts, seen, squares]).to(pl_module.device)
+            numbers = trainer.strategy.reduce(numbers, reduce_op="sum").cpu()
+            counts, seen, squares = numbers.split([3, len(seen), len(squares)])
+        m, norms, coupled = counts.tolist()
+        found = zip(self._only, seen.tolist(), squares.tolist(), strict=True)
+        return int(m), norms, bool(coupled), {name: square for name, is_seen, square in found if is_seen}
+
+    def _doubt(self, alpha_m: float, m: int, coupled: bool) -> None:
+        """Says once what makes the numbers other than they seem."""
         if coupled:
-            scalars["coupled"] = 1.0
             self._warn("batch normalisation couples the examples of a batch: coherence is of what each row adds")
-        if not below:
+        if math.isnan(alpha_m):
             self._warn("all gradients are zero: `coherence/alpha_m` is nan")
         if alpha_m > m * (1 + 1e-3):
             self._warn(
-                f"`coherence/alpha_m` is {alpha_m:.3g} of {int(m)} examples: a part of the gradient is of none of "
-                "them, such as a penalty on weights"
+                f"`coherence/alpha_m` is {alpha_m:.3g} of {m} examples: a part of the gradient is of none of them, "
+                "such as a penalty on weights"
             )
-        if self.per_layer:
-            scalars |= {f"layer/{name}": value for name, value in layers.items()}
-        log_now(trainer, {f"coherence/{name}": value for name, value in scalars.items()})
 
     def _warn(self, what: str) -> None:
         if what not in self._warned:
