@@ -243,7 +243,7 @@ class HessianSpectrum(Callback):
             try:
                 op = HessianOperator(loss, self._chosen(pl_module), sync=False)
                 op.matvec(torch.ones(op.shape[0], dtype=op.dtype, device=op.device))
-            except SkippedBatch:
+            except SkippedBatch:  # of the current batches the first has no loss to try: the event will find others
                 pass
             finally:
                 loss.release()

@@ -1,31 +1,17 @@
 """The benchmark times equal steps and keeps its splits apart; its numbers are not tested."""
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def _load(name: str, file: str) -> ModuleType:  # a folder of scripts, which find each other beside themselves
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
+from tests.suites.scripts import load_benchmark
 
 for helper in ("_record", "_sections", "_plots"):
-    _load(helper, helper)
-bench = _load("bench_exponentiated_gradient", "exponentiated_gradient")
+    load_benchmark(helper)
+bench = load_benchmark("exponentiated_gradient", "bench_exponentiated_gradient")
 
 
 def test_the_loop_takes_the_same_steps() -> None:

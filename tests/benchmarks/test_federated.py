@@ -1,9 +1,6 @@
 """The benchmark measures what it says; its numbers are not tested."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,22 +8,10 @@ import torch
 from torch import Tensor
 
 from fulgurite.plugins.federated import PGD
+from tests.suites.scripts import load_benchmark
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def _load(name: str, file: str) -> ModuleType:  # a folder of scripts, which find each other beside themselves
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-_record, _plots, _sections, fed = (_load(name, name) for name in ("_record", "_plots", "_sections", "_federated"))
-bench = _load("bench_federated", "federated")
+_record, _plots, _sections, fed = (load_benchmark(name) for name in ("_record", "_plots", "_sections", "_federated"))
+bench = load_benchmark("federated", "bench_federated")
 
 
 def robust_results() -> dict[str, Any]:

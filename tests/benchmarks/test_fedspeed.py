@@ -1,10 +1,7 @@
 """The benchmark trains as the strategy does and counts what it says; its numbers are not tested."""
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,23 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fulgurite.strategies import FederatedStrategy
 from tests.suites.fits import assert_same, fit
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def _load(name: str, file: str) -> ModuleType:  # a folder of scripts, which find each other beside themselves
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
+from tests.suites.scripts import load_benchmark
 
 for helper in ("_record", "_sections", "_plots"):
-    _load(helper, helper)
-bench = _load("bench_fedspeed", "fedspeed")
+    load_benchmark(helper)
+bench = load_benchmark("fedspeed", "bench_fedspeed")
 
 
 class Classifier(LightningModule):

@@ -1,32 +1,17 @@
 """The benchmark counts what it says; its numbers are not tested."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def _load(name: str, file: str) -> ModuleType:  # a folder of scripts, which find each other beside themselves
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
+from tests.suites.scripts import load_benchmark
 
 for helper in ("_record", "_sections", "_plots"):
-    _load(helper, helper)
-bench = _load("bench_gradient_regularized_newton", "gradient_regularized_newton")
+    load_benchmark(helper)
+bench = load_benchmark("gradient_regularized_newton", "bench_gradient_regularized_newton")
 
 
 def coarse(letter: str) -> Any:

@@ -1,28 +1,14 @@
 """The benchmark counts and judges what it says; its numbers are not tested."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def _load(name: str, file: str) -> ModuleType:  # a folder of scripts, which find each other beside themselves
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
+from tests.suites.scripts import load_benchmark
 
 for helper in ("_record", "_sections", "_plots"):
-    _load(helper, helper)
-bench = _load("bench_hessian_spectrum", "hessian_spectrum")
+    load_benchmark(helper)
+bench = load_benchmark("hessian_spectrum", "bench_hessian_spectrum")
 
 
 def test_ratios_are_within_a_repetition_and_judged(tmp_path: Path) -> None:

@@ -1,31 +1,18 @@
 """The benchmark compares like with like; its numbers are not tested."""
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def _load(name: str, file: str) -> ModuleType:  # a folder of scripts, which find each other beside themselves
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
+from tests.suites.scripts import load_benchmark
 
 for helper in ("_record", "_sections", "_plots", "_equilibrium"):
-    _load(helper, helper)
+    load_benchmark(helper)
 shared = sys.modules["_equilibrium"]
-bench = _load("bench_jacobian_homeostasis", "jacobian_homeostasis")
+bench = load_benchmark("jacobian_homeostasis", "bench_jacobian_homeostasis")
 
 
 def gradients(layer: Any) -> torch.Tensor:
