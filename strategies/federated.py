@@ -166,7 +166,7 @@ class FederatedStrategy(ReplicaStrategy):
     # ---- setup -------------------------------------------------------------------------------------------------------
 
     @override
-    def _check_trainer(self, trainer: Trainer) -> None:
+    def check(self, trainer: Trainer) -> None:
         refused = {
             f"`accumulate_grad_batches` is {trainer.accumulate_grad_batches}, and a window of batches would straddle"
             " two clients: leave it at 1, and raise the batch size": trainer.accumulate_grad_batches != 1,
@@ -185,7 +185,7 @@ class FederatedStrategy(ReplicaStrategy):
         for reason, holds in refused.items():
             if holds:
                 raise MisconfigurationException(reason)
-        super()._check_trainer(trainer)
+        super().check(trainer)
         if self.sampled_clients < self.world_size:
             rank_zero_warn(
                 f"`clients_per_round` is {self.sampled_clients} and there are {self.world_size} processes:"

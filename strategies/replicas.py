@@ -1,11 +1,8 @@
 """Replicas: processes that share a model and train it apart."""
 
-import atexit
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from datetime import timedelta
-from inspect import signature
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,28 +11,22 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from fulgurite.plugins.comm.collectives import average_, broadcast_
+from fulgurite.plugins.comm.collectives import average_
 from fulgurite.strategies._lightning import (
     ddp_over,
-    detach_sigterm,
-    stop_on_sigterm,
     sync_batchnorm_over,
-    validates_by_time,
     wants_sync_batchnorm,
 )
+from fulgurite.strategies.unwrapped import UnwrappedStrategy
 
 
-class ReplicaStrategy(DDPStrategy):
+class ReplicaStrategy(UnwrappedStrategy):
     """Trains one replica a worker, without averaging gradients between workers; a subclass adds the rule they share.
 
     A worker is ``devices_per_worker`` processes under ordinary DDP, by default one process without it. All workers
@@ -68,33 +59,18 @@ class ReplicaStrategy(DDPStrategy):
             raise ValueError(f"`devices_per_worker` must be None or at least 1, got {devices_per_worker}")
         if worker_state not in ("gather", "none"):
             raise ValueError(f"`worker_state` must be 'gather' or 'none', got {worker_state!r}")
-        if kwargs.get("model_averaging_period") is not None:
-            raise MisconfigurationException(
-                f"`model_averaging_period` averages weights over the world, and {type(self).__name__} has a rule of its"
-                " own for that: remove the argument, or use DDPStrategy with the post-local-SGD hook"
-            )
-        known = {*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters}
-        if unknown := sorted(kwargs.keys() - known):
-            raise TypeError(  # DDPStrategy takes anything for the wrapper, which a worker of one device does without
-                f"{type(self).__name__} and DDPStrategy have no argument {', '.join(f'`{name}`' for name in unknown)}"
-            )
         super().__init__(**kwargs)
         self.devices_per_worker = devices_per_worker
         self.worker_state = worker_state
-        self._has_comm_hook = kwargs.get("ddp_comm_hook") is not None
-        self._group_timeout: timedelta = kwargs.get("timeout") or dist.default_pg_timeout
         self._worker_group: dist.ProcessGroup | None = None
         self._object_group: dist.ProcessGroup | None = None
-        self._restore_sigterm = ExitStack()
-        self._stop_requested = False
-        self._in_training_step = False
         self._own: frozenset[str] = frozenset()  # names of what a worker has of its own, fixed when the fit starts
-        self._trained: set[int] = set()  # ids of the parameters that were trainable when the fit started
         self._local: dict[str, Tensor] | None = None  # this worker's values, while the module shows the shared ones
 
     # ---- what a subclass defines -------------------------------------------------------------------------------------
 
     @abstractmethod
+    @override
     def start(self, trainer: Trainer) -> None:
         """Called in ``setup`` before a fit: weights are equal everywhere, optimizers exist, nothing is restored yet."""
 
@@ -149,14 +125,10 @@ class ReplicaStrategy(DDPStrategy):
         group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=self._group_timeout, backend=backend)
         return group
 
-    def _make_groups(self) -> None:
-        if dist.get_world_size() != self.world_size:
-            raise MisconfigurationException(
-                f"the fit is to have {self.world_size} processes, but an earlier one in this script has left a group"
-                f" of {dist.get_world_size()}: give each a script of its own, or a `start_method` that"
-                " forks or spawns"
-            )
-        atexit.register(_leave)
+    @override
+    def make_groups(self) -> None:
+        self._local = None
+        self._own = self._name_own()
         size = self.worker_size
         self._worker_group = None
         if size > 1:
@@ -165,29 +137,15 @@ class ReplicaStrategy(DDPStrategy):
                 if first // size == self.worker:
                     self._worker_group = group
         self._object_group = self.new_group(range(self.world_size), backend="gloo")
+        if self._worker_group is not None and wants_sync_batchnorm(self):
+            sync_batchnorm_over(self, self._worker_group)
 
     # ---- a fit, in the order of Lightning's calls --------------------------------------------------------------------
 
     @override
-    def setup(self, trainer: Trainer) -> None:
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            self._local = None
-            self._check_trainer(trainer)
-            self._check_parameters()
-            self._own = self._name_own()
-            self._make_groups()
-            if self._worker_group is not None and wants_sync_batchnorm(self):
-                sync_batchnorm_over(self, self._worker_group)
-            self._stop_requested = False
-            self._restore_sigterm = detach_sigterm(trainer, self._request_stop)
-        super().setup(trainer)
-        if fitting:
-            self._trained = {id(parameter) for parameter in self._module.parameters() if parameter.requires_grad}
-            self.start(trainer)
-
-    def _check_trainer(self, trainer: Trainer) -> None:
+    def check(self, trainer: Trainer) -> None:
         name = type(self).__name__
+        super().check(trainer)
         if self.world_size % self.worker_size:
             raise MisconfigurationException(
                 f"`devices_per_worker` must divide the {self.world_size} processes of the world,"
@@ -203,16 +161,6 @@ class ReplicaStrategy(DDPStrategy):
                 f"`ddp_comm_hook` changes how gradients are averaged, and {name} with one device a worker averages"
                 " none: remove it, or form workers of several devices by `devices_per_worker`"
             )
-        if validates_by_time(trainer):
-            raise MisconfigurationException(
-                "`val_check_interval` is a time, and each process would validate by its own clock, in different steps,"
-                " and wait for the others until `timeout`: give it in batches"
-            )
-        if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            rank_zero_warn(
-                "`max_time` (the Timer callback) asks rank 0 before each batch, over the slow link, and so keeps the"
-                " workers in lockstep: use `max_epochs` or `max_steps`"
-            )
         if isinstance(self.cluster_environment, SLURMEnvironment) and self.cluster_environment.auto_requeue:
             rank_zero_warn(
                 "SLURM auto-requeue saves a checkpoint in each process at the step where the signal finds it, and"
@@ -221,58 +169,12 @@ class ReplicaStrategy(DDPStrategy):
                 " end"
             )
 
-    def _check_parameters(self) -> None:
-        module, name = self._module, type(self).__name__
-        for key, parameter in module.named_parameters():
-            if isinstance(parameter, DTensor):
-                raise MisconfigurationException(
-                    f"parameter `{key}` is a DTensor (FSDP or tensor parallel); {name} shards nothing inside a worker:"
-                    " do not wrap the module, and let `devices_per_worker` replicate it"
-                )
-            if parameter.requires_grad and parameter.is_complex():
-                raise MisconfigurationException(
-                    f"parameter `{key}` is complex, and its imaginary part would not be exchanged: keep it as two real"
-                    " parameters (`torch.view_as_real`), or freeze it"
-                )
-            if nn.parameter.is_lazy(parameter):
-                raise MisconfigurationException(
-                    f"parameter `{key}` is lazy and has no shape yet, so the workers cannot start equal:"
-                    " run one batch through the module in `configure_model`, or give the layer its input size"
-                )
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            raise MisconfigurationException(
-                f"the module has no trainable parameter: {name} would exchange nothing; unfreeze some, or use DDP"
-            )
-
-    def refuse_unfrozen(self) -> None:
-        """For a rule to call before an exchange: what has become trainable since the start has no part in it."""
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad and id(parameter) not in self._trained:
-                raise MisconfigurationException(
-                    f"parameter `{name}` was unfrozen or replaced during the fit and is not exchanged, so the workers'"
-                    " values would part: do so before the fit, or start a new fit from a checkpoint"
-                )
-
-    @property
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
     @override
     def configure_ddp(self) -> None:
-        """Without the wrapper no gradient crosses the wire, and neither do the weights: they are made equal here."""
-        with torch.no_grad():
-            broadcast_([*self._module.parameters(), *self._module.buffers()])
+        """Without the wrapper no gradient crosses the wire; a worker of several devices has one over these."""
+        super().configure_ddp()
         if self._worker_group is not None:
             ddp_over(self, self._worker_group)
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._in_training_step = True
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:
-            self._in_training_step = False
 
     @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
@@ -297,25 +199,6 @@ class ReplicaStrategy(DDPStrategy):
                 self.after_step()
         return output
 
-    def log_scalars(self, values: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
-        """Logs from ``after_step``: at once, whatever ``log_every_n_steps``, at ``trainer.global_step``.
-
-        Args:
-            values: ``method/quantity -> value``; also found in ``trainer.callback_metrics``.
-            prog_bar: the names among them to show in the progress bar.
-        """
-        self.to_loggers(values)
-        # Not `self.log` for all of them: each call copies what has been logged before, a quarter of a millisecond.
-        self._module.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        for name in prog_bar:
-            self._module.log(name, values[name], logger=False, prog_bar=True, on_step=True, on_epoch=False)
-
-    def to_loggers(self, values: Mapping[str, float]) -> None:
-        """Logs where Lightning takes no metrics any more, such as in ``finish``."""
-        trainer = self._module.trainer
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(values), step=trainer.global_step)
-
     @override
     def on_validation_start(self) -> None:
         if self._module.trainer.state.fn == TrainerFn.FITTING:
@@ -335,15 +218,7 @@ class ReplicaStrategy(DDPStrategy):
             # Monitored values may differ between workers: rank 0 wrote the files, so its choice of the best one holds.
             callback.load_state_dict(self.broadcast(callback.state_dict()))
 
-    @override
-    def teardown(self) -> None:
-        self._restore_sigterm.close()
-        super().teardown()
-
     # ---- SIGTERM -----------------------------------------------------------------------------------------------------
-
-    def _request_stop(self) -> None:
-        self._stop_requested = True
 
     def ask_to_stop(self) -> Callable[[], bool]:
         """Asks all processes, without waiting, whether one of them was told to end by SIGTERM.
@@ -359,10 +234,6 @@ class ReplicaStrategy(DDPStrategy):
             return bool(flag)
 
         return answer
-
-    def stop(self) -> None:
-        """Ends the fit after this batch, as Lightning does on SIGTERM; to be called by all workers in the same step."""
-        stop_on_sigterm(self._module.trainer)
 
     # ---- shared and local weights ------------------------------------------------------------------------------------
 
@@ -473,12 +344,6 @@ class ReplicaStrategy(DDPStrategy):
                     " all start from the shared weights, and the run does not go on bit for bit"
                 )
         super().load_optimizer_state_dict({"optimizer_states": mine["optimizers"]})
-
-
-def _leave() -> None:
-    """Ends the process groups while Python still runs; gloo's threads, left to the C++ exit, abort it now and then."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def to_cpu(state: Any) -> Any:

@@ -105,6 +105,11 @@ class Schedule(ABC):
             self.plans[r] = self._plan(r)
         return self.plans[r]
 
+    def end(self) -> None:
+        """No job begins from the round that runs on, whose plan is made anew: what is left serves the jobs before."""
+        self.jobs = min(self.jobs, self.round)
+        self.plans[self.round] = self._plan(self.round)
+
     def mark(self, r: int, workers: Mask) -> None:
         """The results of these workers for round ``r`` are in."""
         if r == self.round:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fulgurite.plugins.comm.encoding import Code, decode_vector, encoding_matrix
@@ -37,6 +36,7 @@ class JobSum:
         self.done: set[int] = set()  # groups in the sum
         self.filled: dict[int, set[int]] = {}  # pieces of other groups in the sum
         self.parts: dict[int, dict[tuple[int, int], tuple[Tensor, int]]] = {}  # group -> place -> sum and count
+        self.error = 0.0  # of the cyclic code's combinations
 
     def add_coded(self, code: Coder, group: int, worker: int, result: Tensor) -> None:
         """Adds a worker's coded result, once."""
@@ -46,8 +46,9 @@ class JobSum:
     def add(self, result: Tensor, weight: float = 1) -> None:
         """Adds what belongs to the gradient as it is."""
         if self.total is None:
-            self.total = torch.zeros_like(result)
-        self.total.add_(result, alpha=weight)
+            self.total = result * weight
+        else:
+            self.total.add_(result, alpha=weight)
 
     def _add_run(self, code: Coder, group: int, worker: int, result: Tensor) -> None:
         """Adds to the sum of the worker's class; the first class that fills a piece is taken, the others dropped."""
@@ -73,6 +74,7 @@ class JobSum:
         parts[worker, 0] = result.clone(), 1
         if len(parts) == code.n - code.s:
             weights = decode_vector(code.matrix, [place[0] for place in parts])
+            self.error = max(self.error, float((weights @ code.matrix - 1).abs().max()))
             for (sender, _), (vector, _) in sorted(parts.items(), key=lambda part: part[0]):
                 self.add(vector, float(weights[sender]))
             self._finish(group)

@@ -22,7 +22,7 @@ from fulgurite.plugins.comm.coded_schedule import (
     SelectiveRepeatSchedule,
 )
 from fulgurite.plugins.comm.coded_sum import Coder, JobSum
-from fulgurite.plugins.comm.coding_schemes import delay, lower_bound, normalized_load
+from fulgurite.plugins.comm.coding_schemes import Scheme, delay, lower_bound, make_schedule, normalized_load
 from fulgurite.plugins.comm.encoding import Code, UndecodableError, decode_vector, encoding_matrix
 from fulgurite.plugins.comm.straggler_models import (
     ArbitraryModel,
@@ -109,6 +109,17 @@ class _CodedJobs:
         self._sums = {job: total for job, total in self._sums.items() if self.schedule.is_open(job)}
         return [self._tasks(r, worker) for worker in range(self.n)]
 
+    def end(self) -> list[list[Task]]:
+        """Lets no job begin any more, not even in the round that was assigned last; gives that round's tasks anew."""
+        self.schedule.end()
+        return [self._tasks(self.schedule.round, worker) for worker in range(self.n)]
+
+    def chunks_of(self, worker: int) -> list[int]:
+        """All chunks of a batch that a worker may ever be given."""
+        tasks = [self.task(worker, 0, "plain", index) for index in range(self.schedule.plain)]
+        tasks += [self.task(worker, 0, "coded", index) for index in range(self.schedule.groups)]
+        return sorted({chunk for task in tasks for chunk in task.chunks})
+
     def receive(self, r: int, worker: int, results: Sequence[Tensor]) -> None:
         """Takes the results of a worker for its tasks of round ``r``.
 
@@ -173,6 +184,10 @@ class _CodedJobs:
         total = self._sums[job].total
         assert total is not None
         return total
+
+    def decode_error(self, job: int) -> float:
+        """Largest of ``|a' E - 1|`` of what decoded an open job; 0 for the codes of zeros and ones."""
+        return self._sums[job].error if job in self._sums else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The open jobs and the last rounds, in tensors and plain containers; no sums once all jobs are over."""
@@ -303,6 +318,34 @@ class Multiplexed(_CodedJobs):
         self.n_chunks = plain + coded
         self.chunk_weights = torch.full((self.n_chunks,), self.schedule.coded_weight, dtype=torch.float64)
         self.chunk_weights[:plain] = self.schedule.plain_weight
+
+
+SequentialCode = GradientCode | SelectiveRepeat | Multiplexed
+
+
+def make_code(
+    scheme: Scheme,
+    n: int,
+    *,
+    s: int | None = None,
+    B: int | None = None,
+    W: int | None = None,
+    lam: int | None = None,
+    code: Code = "balanced",
+    seed: int = 0,
+) -> SequentialCode:
+    """A scheme by its name; ``"gc"`` takes ``s`` alone, the others ``B``, ``W`` and ``lam``.
+
+    Raises:
+        ValueError: an argument is missing, does not belong to the scheme, or is out of range.
+    """
+    make_schedule(scheme, n, s=s, B=B, W=W, lam=lam)
+    if s is not None:
+        return GradientCode(n, s, code=code, seed=seed)
+    assert B is not None
+    assert W is not None
+    assert lam is not None
+    return (SelectiveRepeat if scheme == "sr_sgc" else Multiplexed)(n, B=B, W=W, lam=lam, code=code, seed=seed)
 
 
 def _as_tensors(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -131,6 +132,31 @@ class DelayProfile:
     def at_load(self, load: float) -> "DelayProfile":
         """The same delays with another share of the batch: ``(load - self.load) * seconds_per_load`` on top."""
         return replace(self, times=self.times + (load - self.load) * self.seconds_per_load, load=load)
+
+
+class InjectedDelays:
+    """Makes a worker of a real run as slow as a profile says: it sleeps before each of its small pieces of work.
+
+    Args:
+        profile: for as many workers or more; its rounds come again and again.
+        worker: whose row.
+        load: share of the batch that a worker computes in a round.
+
+    Raises:
+        ValueError: the profile has no such worker.
+    """
+
+    def __init__(self, profile: DelayProfile, worker: int, load: float) -> None:
+        if worker >= len(profile.times):
+            raise ValueError(f"`profile` has delays of {len(profile.times)} workers, and there is a worker {worker}")
+        self._carry_over = profile.carry_over
+        self._seconds = profile.at_load(load).times[worker].clamp(min=0).tolist()
+
+    def sleep(self, r: int, pieces: int, is_over: Callable[[], bool]) -> None:
+        """Sleeps for one of the ``pieces`` of a round's work; unless delays carry over, no longer than the round."""
+        end = time.monotonic() + self._seconds[r % len(self._seconds)] / pieces
+        while (left := end - time.monotonic()) > 0 and (self._carry_over or not is_over()):
+            time.sleep(min(left, 0.005))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from fulgurite.plugins.federated.rounds import ClientBatchSampler
-
-_KEPT = (
-    *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor"),
-    *("multiprocessing_context", "persistent_workers", "generator"),
-)
+from fulgurite.plugins.loaders import settings_of
 
 
 def batch_size_of(loader: object) -> int:
@@ -47,7 +43,7 @@ class ClientLoader(DataLoader[Any]):
 
     def __init__(self, like: DataLoader[Any], sampler: ClientBatchSampler) -> None:
         self._exhausted = False
-        super().__init__(like.dataset, batch_sampler=sampler, **{name: getattr(like, name) for name in _KEPT})
+        super().__init__(like.dataset, batch_sampler=sampler, **settings_of(like))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the strategy knows the round."""

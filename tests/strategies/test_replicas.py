@@ -267,7 +267,7 @@ def test_a_group_that_an_earlier_fit_has_left(tmp_path: Path) -> None:
     second.cluster_environment = LightningEnvironment()
     second.cluster_environment.set_world_size(2)
     with pytest.raises(MisconfigurationException, match=r"to have 2 processes, but an earlier one .* a group of 1"):
-        second._make_groups()
+        second._join_world()
 
 
 # ---- SIGTERM ---------------------------------------------------------------------------------------------------------
