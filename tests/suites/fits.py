@@ -68,12 +68,12 @@ def fit(
     snapshot = Snapshot(folder)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
     quiet |= {"enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks), "max_epochs": 99}
+    quiet["use_distributed_sampler"] = False
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
         max_steps=max_steps,
-        use_distributed_sampler=False,
         callbacks=[snapshot, *callbacks],
         **quiet | options,
     )
