@@ -182,16 +182,22 @@ def simulator(quick: bool) -> dict[str, Any]:
 def searched(size: Size, max_delay: int, repetitions: int) -> dict[str, Any]:
     """A whole search, on one core."""
     drawn = DelayProfile.gilbert_elliott(size.workers, size.jobs + max_delay, **PROFILES["short_dear"])
-    runs = len(search(drawn, size.jobs, max_delay=max_delay))
-    seconds = [timed(partial(search, drawn, size.jobs, max_delay=max_delay)) for _ in range(repetitions)]
+    seconds, runs = [], []
+    for _ in range(repetitions):
+        start = process_time()
+        runs = search(drawn, size.jobs, max_delay=max_delay)
+        seconds.append(process_time() - start)
+    first = {scheme: next(run for run in runs if run.scheme == scheme) for scheme in ("gc", "sr_sgc", "m_sgc")}
     return {
         "workers": size.workers,
         "jobs": size.jobs,
         "max_delay": max_delay,
-        "parameter_sets": runs,
+        "carry_over": True,
+        "parameter_sets": len(runs),
         "cores": 1,
         "seconds": spread(seconds),
-        "seconds_of_1000": spread([1000 / runs * value for value in seconds]),
+        "seconds_of_1000": spread([1000 / len(runs) * value for value in seconds]),
+        "best": {scheme: {"seconds": run.total_s, "params": run.params} for scheme, run in first.items()},
     }
 
 
@@ -205,9 +211,9 @@ def timed(work: Callable[[], object]) -> float:
 
 PEER_NOTE = (
     "The peer's objects from `2_find_runtimes`, and `simulate` with the same rule, `all`, in turn on the same delays; a"
-    " peer's GC with `s` bears one late worker fewer and so gets one more. Above 1, ours is faster. `totals_apart` is how"
-    " far the simulated totals are apart, relatively: the two rules for SR-SGC are not the same, as the peer judges the"
-    " rounds with few late workers one by one and not by whole windows"
+    " peer's GC with `s` bears one late worker fewer and so gets one more. Above 1, ours is faster. `totals_apart` says"
+    " how far the simulated totals are apart, relatively: for SR-SGC the rules differ, as the peer judges the rounds"
+    " with few late workers one by one and not by whole windows"
 )
 
 
@@ -361,7 +367,9 @@ def dots(axes: Axes, profiles: dict[str, Any]) -> None:
 
 def described(name: str) -> str:
     numbers = PROFILES[name]
-    return f"p {numbers['p']:g}, bursts of {1 / numbers['q']:.2g}\n{numbers['seconds_per_load']:g} s a unit of load"
+    return (
+        f"p {numbers['p']:g}, bursts of {1 / numbers['q']:.2g} rounds\n{numbers['seconds_per_load']:g} s a unit of load"
+    )
 
 
 SECTIONS = {
