@@ -1,6 +1,7 @@
 """Several models trained in turns, so that the gradient of one may take its time (arXiv 2211.13802)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ class ConcurrentModules(LightningModule):
         self.automatic_optimization = False
         self.members = nn.ModuleList(modules)
         self._turn = 0
+        self._is_silent = False
 
     @override
     def setup(self, stage: str) -> None:
@@ -60,7 +62,17 @@ class ConcurrentModules(LightningModule):
         return list(self.members)  # type: ignore[arg-type]
 
     def _log_of(self, index: int, name: str, value: Any, **options: Any) -> None:
-        self.log(f"{index}/{name}", value, **options)
+        if not self._is_silent:
+            self.log(f"{index}/{name}", value, **options)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Lets the modules log nothing, where their training steps run outside of Lightning's."""
+        self._is_silent = True
+        try:
+            yield
+        finally:
+            self._is_silent = False
 
     # ---- turns -------------------------------------------------------------------------------------------------------
 

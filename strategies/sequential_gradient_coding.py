@@ -224,7 +224,7 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """A coded round: the loss of the batch whose gradient it brings, or of this worker's chunks if it brings none."""
+        """A coded round: the loss of the batch that it brings the gradient of, else of this worker's own chunks."""
         assert self._rounds is not None
         self._in_training_step = True
         try:
@@ -245,7 +245,10 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
             brought += self._flush(rounds)
         if self.pipeline == "interleaved":
             self._modes = [part.training for part in self._module.modules()]
-            return self._step_members(brought)
+            loss = self._step_members(brought)
+            if self._module.trainer.is_last_batch:
+                self._settle()
+            return loss
         self._vector = brought[-1].vector
         loss = None if self._vector is None else self._steps.vectors[0].loss(self._vector)
         if loss is not None and self._total:
@@ -366,8 +369,10 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         """Ends the gradients that are under way, where each belongs to a module of its own that waits for it."""
         if self._rounds is not None and self.pipeline == "interleaved" and self._steps.jobs:
             jobs = self._steps.jobs
-            # Validation has begun: without gradients, and with the modules in evaluation mode.
-            with torch.inference_mode(False), torch.enable_grad(), training_modes(self._module, self._modes):
+            module = self._module
+            assert isinstance(module, ConcurrentModules)
+            # Validation may have begun: without gradients, with the modules in evaluation mode, and with other logs.
+            with torch.inference_mode(False), torch.enable_grad(), training_modes(module, self._modes), module.silent():
                 self._step_members(self._flush(self._rounds), jobs)
 
     @override

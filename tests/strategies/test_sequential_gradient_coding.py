@@ -13,10 +13,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -424,22 +423,11 @@ def test_lbfgs_takes_a_round_for_each_closure(tmp_path: Path) -> None:
 
 
 def test_few_batches_for_a_long_delay_draw_a_warning(tmp_path: Path) -> None:
-    script = tmp_path / "warned.txt"
-
-    class Listens(Ordered):
-        pass
-
-    strategy = coded(**LONG_M)
+    strategy, module = coded(**LONG_M), Ordered()
+    trainer = Trainer(accelerator="cpu", devices=3, strategy=strategy, logger=False, accumulate_grad_batches=4)
+    strategy.connect(module)
     with pytest.warns(UserWarning, match=r"takes 4 \+ 3 rounds"):
-        _check_alone(strategy, Listens(), accumulate_grad_batches=4)
-    assert not script.exists()
-
-
-def _check_alone(strategy: SequentialGradientCodingStrategy, module: LightningModule, **options: Any) -> None:
-    """The strategy's own check, which a fit makes in its children, whose warnings a test does not see."""
-    trainer = Trainer(accelerator="cpu", devices=3, strategy=strategy, logger=False, **options)
-    trainer.strategy.connect(module)
-    strategy.check(trainer)
+        strategy.check(trainer)  # by itself, since a fit warns in its children
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -490,14 +478,14 @@ def test_an_error_in_one_process_reaches_all(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_never_answers_is_named_within_the_timeout(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    errors = errors_of(tmp_path, lambda: time.sleep(12), s=0, timeout=timedelta(seconds=2))
+    errors = errors_of(tmp_path, lambda: time.sleep(6), s=0, timeout=timedelta(seconds=2))
     assert "rank(s) 1 have not answered in round 2 for 2 s after they were due" in errors[0]
-    assert time.monotonic() - begun < 60  # the launcher waits for the sleeper
+    assert errors[2] == errors[0]
 
 
 def test_a_killed_worker_ends_the_fit(tmp_path: Path) -> None:
-    errors_of(tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL), s=0)
+    errors = errors_of(tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL), s=0, timeout=timedelta(seconds=2))
+    assert "rank(s) 1 have not answered" in errors[0] or "connection" in errors[0]
 
 
 def test_a_worker_that_is_late_within_the_code_s_bounds_holds_nobody_up(tmp_path: Path) -> None:
@@ -565,14 +553,6 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_finder_tries_in_rounds_of_its_own(tmp_path: Path) -> None:
-    class Finds(Callback):
-        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            pl_module.lr = 0.01
-            found = Tuner(trainer).lr_find(pl_module, num_training=8, attr_name="lr", early_stop_threshold=None)
-            (tmp_path / f"lr{trainer.global_rank}.txt").write_text(str(found is not None))
-
-    from lightning.pytorch.callbacks import LearningRateFinder
-
     module = made()
     module.lr = 0.01
     first, *others = weights(
