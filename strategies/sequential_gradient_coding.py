@@ -402,6 +402,16 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
 
     # ---- afterwards --------------------------------------------------------------------------------------------------
 
+    def arrivals(self) -> Tensor:
+        """On rank 0, in the process that trains: when results came in, and who was late when.
+
+        Returns:
+            ``(processes, rounds)``, seconds from the start of a round, nan where it ended without the result, of the
+            last 8192 rounds at most; no rounds on other ranks and with ``record=False``.
+        """
+        times = self._rounds.times() if self._rounds is not None else []
+        return torch.stack(times, 1) if times else torch.empty(self.world_size, 0, dtype=torch.float64)
+
     def profile(self, seconds_per_load: float | None = None) -> DelayProfile:
         """How long the workers took, to search a scheme for: record with ``s=0``, where every round waits for all.
 
@@ -415,14 +425,13 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         Raises:
             RuntimeError: nothing has been recorded in this process.
         """
-        times = self._rounds.times() if self._rounds is not None else []
-        whole = [column for column in times if not column.isnan().any()]
-        if not whole:
+        arrivals = self.arrivals()
+        recorded = arrivals[:, ~arrivals.isnan().any(0)]
+        if not recorded.numel():
             raise RuntimeError(
                 "no round was recorded in which all workers have answered: record with `s=0`, and ask rank 0, in the"
                 " process that has trained"
             )
-        recorded = torch.stack(whole, 1)
         if seconds_per_load is None:
             seconds_per_load = float(recorded.median()) / self._coded.load
         return DelayProfile(recorded, self._coded.load, seconds_per_load, carry_over=True)
