@@ -224,7 +224,7 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """A coded round: the loss of the batch whose gradient it brings, or of this worker's chunks if it brings none."""
+        """A coded round: the loss of the batch whose gradient it brings, or of this worker's chunks if none."""
         assert self._rounds is not None
         self._in_training_step = True
         try:
