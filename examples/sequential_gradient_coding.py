@@ -3,7 +3,8 @@
 Without a code each step waits for the slowest process. The first training is that, and records who was late. From its
 record a search tells how long training would have taken with codes. The second training bears two late processes a
 step, and a third as many as the search found best, if that is another number. All of them end with the weights of DDP,
-which a last training shows, without late processes. The processes are not slow in earnest: they sleep. Leaves a figure, the records of the trainings and the recorded delays under ``runs/sequential_gradient_coding``.
+which a last training shows, without late processes. The processes are not slow in earnest: they sleep. Leaves a figure,
+the records of the trainings and the recorded delays under ``runs/sequential_gradient_coding``.
 """
 
 import json
@@ -38,7 +39,7 @@ MOST_DELAY = 3  # rounds, of the schemes that are searched
 
 @dataclass
 class Run:
-    """What a training leaves: a loss each step and when it was known, and ``(processes, steps)`` arrivals of results."""
+    """What a training leaves: the loss of each step, when it was known, and ``(processes, steps)`` arrivals."""
 
     name: str
     losses: list[float] = field(default_factory=list)
