@@ -17,7 +17,7 @@ import torch
 from _record import RESULTS, record, spread
 
 Rows = dict[str, list[dict[str, float]]]  # method -> what each repetition measured
-Section = Callable[[bool], dict[str, Any]]  # from whether to be quick
+Section = Callable[..., dict[str, Any]]  # from whether to be quick, and a path where the section takes one
 
 QUICK_RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
 
@@ -69,12 +69,22 @@ def python_with(folder: Path, *packages: str) -> str:
 
 
 def main(
-    name: str, doc: str | None, sections: dict[str, Section], draw: Callable[[dict[str, Any], Path], list[Path]]
+    name: str,
+    doc: str | None,
+    sections: dict[str, Section],
+    draw: Callable[[dict[str, Any], Path], list[Path]],
+    paths: dict[str, tuple[str, str]] | None = None,
 ) -> None:
-    """The command line: measures the sections that are asked for, then draws."""
+    """The command line: measures the sections that are asked for, then draws.
+
+    ``paths`` names for a section the option, and its help, whose path it takes; None where it is not given.
+    """
+    paths = paths or {}
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="?", default="all", choices=[*sections, "figure", "all"])
     parser.add_argument("--quick", action="store_true", help="little of everything, into build/benchmarks")
+    for option, meaning in paths.values():
+        parser.add_argument(f"--{option}", type=Path, help=meaning)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was set up is taken down
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -83,7 +93,8 @@ def main(
     for section, measure in sections.items():
         if arguments.section in (section, "all"):
             started = time.monotonic()
-            result = measure(arguments.quick)
+            given = [getattr(arguments, paths[section][0])] if section in paths else []
+            result = measure(arguments.quick, *given)
             took = {"took_s": round(time.monotonic() - started), "cores": os.cpu_count()}
             print(save(name, section, record(peers=("lightning",), **result, **took), folder))
     if arguments.section in ("figure", "all"):

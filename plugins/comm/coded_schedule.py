@@ -8,6 +8,7 @@ table: a plain one is needed from every worker, a coded one from all but ``s`` o
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,17 +33,25 @@ IDLE = -1
 class Plan:
     """The tasks of a round, ``(slots, n)`` each: the job that worker i serves in a slot, and the column it fills.
 
-    ``IDLE`` in ``columns`` where it has nothing to do.
+    ``IDLE`` in ``columns`` where it has nothing to do. ``table`` is the shape of what they fill.
     """
 
     jobs: NDArray[np.int64]
     columns: NDArray[np.int64]
+    table: tuple[int, ...]
 
-    @property
+    @cached_property
     def busy(self) -> Mask:
         """``(n,)``: the workers that have a task."""
         busy: Mask = (self.columns != IDLE).any(0)
         return busy
+
+    @cached_property
+    def cells(self) -> NDArray[np.int64]:
+        """``(slots, n)``: where in the flat table a result goes."""
+        blocks, rows, n = self.table
+        cells: NDArray[np.int64] = (self.jobs % blocks * rows + self.columns % rows) * n + np.arange(n)
+        return cells
 
 
 class Schedule(ABC):
@@ -97,7 +106,7 @@ class Schedule(ABC):
             if self.round >= 0:
                 late = self.plans[self.round].busy & ~self._back
                 self._models = [model for model in self._models if self._admits(model, late)]
-                self._late = np.column_stack((self._late, late))[:, 1:]
+                self._late = self._window(late)[:, 1:]
             self.round = r
             self._back[:] = False
             self.have(r)[:] = False
@@ -151,19 +160,23 @@ class Schedule(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from :meth:`state_dict` of a schedule with the same arguments."""
         self.round = state["round"]
-        self.plans = {r: Plan(jobs, columns) for r, (jobs, columns) in state["plans"].items()}
+        self.plans = {r: Plan(jobs, columns, self._have.shape) for r, (jobs, columns) in state["plans"].items()}
         self._have, self._late, self._back = state["have"].copy(), state["late"], state["back"].copy()
         self._models = [model for model in self._models if type(model).__name__ in state["models"]]
 
     def _admits(self, model: StragglerModel, late: Mask) -> bool:
-        before = model.window - 1
-        return model.admits(np.column_stack((self._late[:, self._late.shape[1] - before :], late)))
+        return model.admits(self._window(late)[:, -model.window :])
+
+    def _window(self, late: Mask) -> Mask:
+        return np.concatenate((self._late, late[:, None]), 1)
 
     def _fill(self, have: Mask, r: int, workers: Mask) -> None:
         plan = self.plans[r]
         # Jobs before the oldest open one are over and others have their blocks: for those the result is too late.
-        kept = workers & (plan.jobs >= self.round - self.delay)
-        have[plan.jobs % (self.delay + 1), plan.columns, np.arange(self.n)] |= kept
+        cells = plan.cells[:, workers]
+        if r < self.round:
+            cells = cells[plan.jobs[:, workers] >= self.round - self.delay]
+        have.reshape(-1)[cells] = True
         have[:, IDLE] = False
 
     @abstractmethod
@@ -185,7 +198,7 @@ class GradientCodeSchedule(Schedule):
 
     def _plan(self, r: int) -> Plan:
         columns = np.full((1, self.n), 0 if r < self.jobs else IDLE)
-        return Plan(np.full((1, self.n), r), columns)
+        return Plan(np.full((1, self.n), r), columns, self._have.shape)
 
     def _completable(self, have: Mask) -> bool:
         return bool(np.count_nonzero(have[0, 0]) >= self.n - self.s)
@@ -218,7 +231,7 @@ class SelectiveRepeatSchedule(Schedule):
             lacking = (~self.have(r - self.delay)[0]).nonzero()[0]
             repeating = lacking[: max(0, len(lacking) - self.s)]
             jobs[repeating], columns[repeating] = r - self.delay, 0
-        return Plan(jobs[None], columns[None])
+        return Plan(jobs[None], columns[None], self._have.shape)
 
     def _completable(self, have: Mask) -> bool:
         due = self.round - self.delay
@@ -258,23 +271,22 @@ class MultiplexedSchedule(Schedule):
             if m >= self.plain:
                 plain = self.have(r - m)[: self.plain]
                 columns[m] = np.where(plain.all(0), columns[m], plain.argmin(0))
-        return Plan(np.tile(r - np.arange(self.slots)[:, None], self.n), columns)
+        return Plan((r - np.arange(self.slots))[:, None].repeat(self.n, 1), columns, self._have.shape)
 
     def _completable(self, have: Mask) -> bool:
-        for m in range(self.slots):
-            if not self.is_open(self.round - m):
-                continue
-            rows = have[(self.round - m) % self.slots]
-            lacking = min(m + 1, self.plain) - rows[: min(m + 1, self.plain)].sum(0)
-            repeats_left = min(self.B, self.delay - m)
-            if lacking.max() > repeats_left:
-                return False
-            # Who lacks a chunk repeats it in the next slot, and the coded group of that slot lacks his result.
-            if self.groups and repeats_left and np.count_nonzero(lacking) > self.s:
-                return False
-            if self.groups and m >= self.plain and rows[self.plain : m + 1].sum(1).min() < self.n - self.s:
-                return False
-        return True
+        m = np.arange(max(0, self.round + 1 - self.jobs), min(self.round, self.delay) + 1)  # a row an open job below
+        rows = have[(self.round - m) % self.slots]
+        lacking = np.minimum(m + 1, self.plain)[:, None] - rows[:, : self.plain].sum(1)
+        repeats_left = np.minimum(self.B, self.delay - m)
+        if (lacking.max(1) > repeats_left).any():
+            return False
+        if not self.groups:
+            return True
+        # Who lacks a chunk repeats it in the next slot, and the coded group of that slot lacks his result.
+        if (np.count_nonzero(lacking, 1) > self.s)[repeats_left > 0].any():
+            return False
+        over = np.arange(self.groups) <= m[:, None] - self.plain  # the groups whose slot has passed
+        return not (rows[:, self.plain : -1].sum(2) < self.n - self.s)[over].any()
 
 
 def check_window(n: int, B: int, W: int, lam: int) -> None:

@@ -235,7 +235,8 @@ def simulate(
             if carry_over:  # who could not begin is free as before
                 free_at = np.where(busy & (start < end), arrival, free_at)
             round_s[r], now, waits = end - now, end, waits + waited
-        for job in range(max(0, r - schedule.delay), min(r + 1, jobs)):
+        # A round fills one column of a job's table at most.
+        for job in range(max(0, r - schedule.delay), min(r + 2 - schedule.plain - schedule.groups, jobs)):
             if np.isnan(finished_at[job]) and schedule.is_complete(job):
                 finished_at[job] = now
     return SimResult(
