@@ -224,7 +224,7 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """A coded round: the loss of the batch that it brings the gradient of, else of this worker's own chunks."""
+        """A coded round: the loss of the batch whose gradient it brings, or of this worker's chunks if none."""
         assert self._rounds is not None
         self._in_training_step = True
         try:
@@ -407,6 +407,16 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
 
     # ---- afterwards --------------------------------------------------------------------------------------------------
 
+    def arrivals(self) -> Tensor:
+        """On rank 0, in the process that trains: when results came in, and who was late when.
+
+        Returns:
+            ``(processes, rounds)``, seconds from the start of a round, nan where it ended without the result, of the
+            last 8192 rounds at most; no rounds on other ranks and with ``record=False``.
+        """
+        times = self._rounds.times() if self._rounds is not None else []
+        return torch.stack(times, 1) if times else torch.empty(self.world_size, 0, dtype=torch.float64)
+
     def profile(self, seconds_per_load: float | None = None) -> DelayProfile:
         """How long the workers took, to search a scheme for: record with ``s=0``, where every round waits for all.
 
@@ -420,14 +430,13 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         Raises:
             RuntimeError: nothing has been recorded in this process.
         """
-        times = self._rounds.times() if self._rounds is not None else []
-        whole = [column for column in times if not column.isnan().any()]
-        if not whole:
+        arrivals = self.arrivals()
+        recorded = arrivals[:, ~arrivals.isnan().any(0)]
+        if not recorded.numel():
             raise RuntimeError(
                 "no round was recorded in which all workers have answered: record with `s=0`, and ask rank 0, in the"
                 " process that has trained"
             )
-        recorded = torch.stack(whole, 1)
         if seconds_per_load is None:
             seconds_per_load = float(recorded.median()) / self._coded.load
         return DelayProfile(recorded, self._coded.load, seconds_per_load, carry_over=True)
