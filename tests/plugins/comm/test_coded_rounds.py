@@ -236,13 +236,13 @@ def test_one_that_dies_is_named(victim: int, s: int, size: int) -> None:
 
 
 def hung_at_the_end(rank: int) -> str:
-    rounds = CodedRounds(partial(make_code, "m_sgc", 3, B=1, W=2, lam=3), SIZE, Waiting(timeout_s=1.0))
+    rounds = CodedRounds(partial(make_code, "m_sgc", 3, B=1, W=2, lam=3), SIZE, Waiting(mu=5.0, timeout_s=1.0))
+    worker = Worker(rounds, make_code("m_sgc", 3, B=1, W=2, lam=3))
 
     def compute(task: Task, row: Tensor) -> bool:
         if rank == 1:
             until(rounds.is_over)
-        row.fill_(1.0)
-        return not rounds.is_over()
+        return not rounds.is_over() and worker(task, row)
 
     def train() -> None:
         rounds.run(compute)
