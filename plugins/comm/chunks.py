@@ -94,7 +94,8 @@ class HeldBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         for indices in super().__iter__():
             chunks = Chunks(self._weights, len(indices))
-            yield [indices[i] for chunk in self._held for i in range(*chunks.bounds[chunk])]
+            held = [indices[i] for chunk in self._held for i in range(*chunks.bounds[chunk])]
+            yield held or indices[:1]  # of nothing no batch can be made; it is in no chunk's place
 
     def size(self, batch_idx: int) -> int:
         """Samples of a batch, all chunks counted."""

@@ -1,21 +1,25 @@
 """Messages of coded rounds: results go up to rank 0, orders come down (arXiv 2211.13802).
 
 A message is a head of float64 numbers (whole ones up to 2**53 are exact in it) and, if the head says so, a body. Nobody
-waits for a slow peer: rank 0 receives from whoever sends first, and has a thread for each peer that it sends to.
+waits for a slow peer: rank 0 has a thread for each that it receives from and one for each that it sends to. (gloo can
+receive from whoever sends first in one thread, but then says nothing of a peer that has died.)
 """
 
 import threading
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _UP, _DOWN = 1, 2  # tags
+_BREAKS = RuntimeError, ValueError  # the latter where this process has destroyed its groups after a failure
 _DAYS = timedelta(days=1)  # gloo closes all connections when a wait times out: the queues have the timeouts instead
 HEAD = 8  # numbers of a head before a message's own
 
@@ -49,34 +53,34 @@ class Link:
         size: numbers in a row of a body.
         numbers: most numbers of a message.
         dtype: of bodies.
-        last: kind of the message that is a peer's last.
+        last: kinds of messages that are a sender's last to a peer.
         arrived: called by the receiving thread with each message that came down, before it is in ``inbox``.
     """
 
     def __init__(
-        self, size: int, numbers: int, dtype: torch.dtype, last: int, arrived: Callable[[Message], None]
+        self,
+        size: int,
+        numbers: int,
+        dtype: torch.dtype,
+        last: Collection[int],
+        arrived: Callable[[Message], None],
     ) -> None:
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
         self.inbox: SimpleQueue[Message] = SimpleQueue()  # what came down
         self.results: SimpleQueue[Message] = SimpleQueue()  # what came up, on rank 0
-        self._size, self._numbers, self._dtype, self._last = size, numbers, dtype, last
+        self._size, self._numbers, self._dtype, self._last = size, numbers, dtype, {*last, BROKEN}
         self._arrived = arrived
         self._free: defaultdict[int, deque[Tensor]] = defaultdict(deque)
         self._group = dist.new_group(backend="gloo", timeout=_DAYS)
         self._outboxes: dict[int, SimpleQueue[Message]] = {}
-        self._threads: list[threading.Thread] = []
-        if self.rank:
-            self._start(self._listen)
-            return
-        self._start(self._gather)
-        for peer in range(1, self.n):
+        self._receivers: list[threading.Thread] = []
+        self._senders: list[threading.Thread] = []
+        for peer in range(1, self.n) if self.rank == 0 else ():
             self._outboxes[peer] = SimpleQueue()
-            self._start(self._deliver, peer)
-
-    def _start(self, target: Callable[..., None], *args: int) -> None:
-        thread = threading.Thread(target=target, args=args, daemon=True, name=f"coded rounds: {target.__name__}")
-        thread.start()
-        self._threads.append(thread)
+            self._senders.append(_started(self._deliver, peer))
+            self._receivers.append(_started(self._receive, peer, _UP, self.results.put))
+        if self.rank:
+            self._receivers.append(_started(self._receive, 0, _DOWN, self._take))
 
     def buffer(self, rows: int) -> Tensor:
         """``(rows, size)``, not initialised, for a body; to be given back by :meth:`recycle`."""
@@ -90,12 +94,15 @@ class Link:
         self._free[len(body)].append(body)
 
     def report(self, message: Message) -> None:
-        """Sends a message up; waits until rank 0 has taken it."""
+        """Sends a message up; waits until rank 0 has taken it. If it cannot, the cause is the last one in ``inbox``."""
         message.sender = self.rank
         if self.rank == 0:
             self.results.put(message)
             return
-        self._send(message, 0, _UP)
+        try:
+            self._send(message, 0, _UP)
+        except _BREAKS as error:
+            self._take(_broken(0, error))
         if message.body is not None:
             self.recycle(message.body)
 
@@ -106,14 +113,18 @@ class Link:
         else:
             self._outboxes[peer].put(message)
 
-    def behind(self, peer: int) -> int:
-        """Messages that a peer has not taken yet."""
-        return self._outboxes[peer].qsize() if peer else 0
-
     def join(self) -> None:
-        """Waits until the last messages have come and gone."""
-        for thread in self._threads:
+        """Waits until the last messages have come and gone, and closes the connections."""
+        for thread in self._senders + self._receivers:
             thread.join()
+        dist.destroy_process_group(self._group)
+        del self._group  # sockets and gloo's threads go with it, not with the next garbage collection
+
+    def deliver(self, patience_s: float) -> None:
+        """Waits until the last messages have gone, but not long: a peer may never take its own."""
+        end = time.monotonic() + patience_s
+        for thread in self._senders:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _take(self, message: Message) -> None:
         self._arrived(message)
@@ -121,32 +132,22 @@ class Link:
 
     # ---- threads -----------------------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        kind = BROKEN - 1
-        while kind not in (self._last, BROKEN):
-            message = self._received(0, _DOWN, "rank 0")
-            kind = message.kind
-            self._take(message)
-
-    def _gather(self) -> None:
-        """Receives from any; that is also how gloo tells which of many has come first."""
-        present = self.n - 1
-        while present:
-            message = self._received(None, _UP, "a worker")
-            self.results.put(message)
-            if message.kind == BROKEN:
-                return
-            present -= message.kind == self._last
+    def _receive(self, peer: int, tag: int, put: Callable[[Message], None]) -> None:
+        is_last = False
+        while not is_last:
+            message = self._received(peer, tag)
+            is_last = message.kind in self._last
+            put(message)
 
     def _deliver(self, peer: int) -> None:
-        kind = BROKEN
-        while kind != self._last:
+        is_last = False
+        while not is_last:
             message = self._outboxes[peer].get()
-            kind = message.kind
+            is_last = message.kind in self._last
             try:
                 self._send(message, peer, _DOWN)
-            except RuntimeError as error:
-                self.results.put(Message(BROKEN, peer, text=f"the connection to rank {peer} broke: {error}"))
+            except _BREAKS as error:
+                self.results.put(_broken(peer, error))
                 return
 
     # ---- on the wire -------------------------------------------------------------------------------------------------
@@ -164,10 +165,10 @@ class Link:
         if text:
             dist.send(torch.frombuffer(bytearray(text), dtype=torch.uint8), peer, self._group, tag)
 
-    def _received(self, source: int | None, tag: int, name: str) -> Message:
+    def _received(self, sender: int, tag: int) -> Message:
         head = torch.zeros(HEAD + self._numbers, dtype=torch.float64)
         try:
-            sender = dist.recv(head, source, self._group, tag)
+            dist.recv(head, sender, self._group, tag)
             kind, rows, length, count = (int(number) for number in head[:4].tolist())
             body, text = None, b""
             if rows:
@@ -177,6 +178,16 @@ class Link:
                 encoded = torch.zeros(length, dtype=torch.uint8)
                 dist.recv(encoded, sender, self._group, tag)
                 text = bytes(encoded.tolist())
-        except RuntimeError as error:
-            return Message(BROKEN, source or 0, text=f"the connection to {name} broke: {error}")
+        except _BREAKS as error:
+            return _broken(sender, error)
         return Message(kind, sender, tuple(head[HEAD : HEAD + count].tolist()), body, text.decode())
+
+
+def _started(target: Callable[..., None], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, args=args, daemon=True, name=f"coded rounds: {target.__name__}")
+    thread.start()
+    return thread
+
+
+def _broken(peer: int, error: Exception) -> Message:
+    return Message(BROKEN, peer, text=f"the connection to rank {peer} broke: {error}")

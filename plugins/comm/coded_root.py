@@ -15,7 +15,7 @@ from fulgurite.plugins.comm.coded_messages import BYE, FAIL, FLUSH, RESULT, SKIP
 from fulgurite.plugins.comm.coded_schedule import Rule
 from fulgurite.plugins.comm.gradient_codes import SequentialCode, Task
 
-_MOST_BEHIND = 16  # messages that a worker may leave unread; else a stalled one would fill rank 0's memory
+_MOST_BEHIND = 16  # rounds that a worker may leave unanswered: their gradients wait in its memory, or in rank 0's
 _RECORDED = 8192  # rounds
 
 
@@ -42,6 +42,7 @@ class _Clock:
 
     def __init__(self, n: int) -> None:
         self.took = torch.full((n,), torch.nan, dtype=torch.float64)
+        self.made = time.monotonic()
         self.start = self.first_s = 0.0
 
     def note(self, worker: int, took_s: float) -> None:
@@ -82,6 +83,7 @@ class Root:
         self._waits = self._skipped_tasks = 0
         self._stop = False
         self._left: set[int] = set()
+        self._unanswered = [0] * link.n  # orders with tasks, of each worker
         self._last_stats = RoundStats()
         self._open_window()
         self._thread = threading.Thread(target=self._run, daemon=True, name="coded rounds: root")
@@ -114,17 +116,18 @@ class Root:
     # ---- a round -----------------------------------------------------------------------------------------------------
 
     def _begin(self, ended: Ended) -> None:
+        self._bytes = 0
         self._give_out(self._code.assign(self._round - self._base), ended)
 
     def _give_out(self, tasks: list[list[Task]], ended: Ended) -> None:
         self._busy = {worker for worker, own in enumerate(tasks) if own}
         self._missing = set(self._busy)
-        self._clock = _Clock(self._link.n)
-        self._bytes = 0
+        self._clock, self._had_to_wait = _Clock(self._link.n), False
         for peer, own in enumerate(tasks):
             vector = ended.vector
             if vector is not None and peer == 0:  # its optimizer may write to it while it is on the way to the others
                 vector = vector.clone()
+            self._unanswered[peer] += bool(own)
             names = tuple((task.job, task.kind, task.index) for task in own)
             given = Ended(ended.job, vector, ended.over, ended.stop, ended.stats)
             self._link.tell(peer, Orders(self._round, self._draining, names, given).pack())
@@ -150,20 +153,27 @@ class Root:
         """How long to wait for one more message; None for no end, or not at all where the round may end."""
         clock, waiting = self._clock, self._waiting
         if not clock.has_begun:
-            return None
+            # No pause comes before a round that only finishes what was begun: its workers are there, or gone.
+            return self._left_s(clock.made + waiting.timeout_s) if self._draining else None
         if not self._missing:
             return None
-        deadline_s = (1 + waiting.mu) * clock.first_s
-        if clock.age_s < deadline_s:
-            return deadline_s - clock.age_s
+        deadline = clock.start + (1 + waiting.mu) * clock.first_s
+        left_s = deadline - time.monotonic()
+        if left_s > 0:
+            return left_s
         if self._affordable():
             return None
-        if clock.age_s > deadline_s + waiting.timeout_s:
+        self._had_to_wait = True
+        return self._left_s(deadline + waiting.timeout_s)
+
+    def _left_s(self, end: float) -> float:
+        left_s = end - time.monotonic()
+        if left_s < 0:
             raise TimeoutError(self._complaint())
-        return deadline_s + waiting.timeout_s - clock.age_s + 1e-3
+        return left_s + 1e-3
 
     def _affordable(self) -> bool:
-        if any(self._link.behind(worker) > _MOST_BEHIND for worker in self._missing):
+        if any(self._unanswered[worker] > _MOST_BEHIND for worker in self._missing):
             return False
         r = self._round - self._base
         if self._code.affordable(r, self._missing, self._waiting.rule):
@@ -184,6 +194,7 @@ class Root:
         if message.kind == BYE:
             self._left.add(message.sender)
             return
+        self._unanswered[message.sender] -= 1
         r, took_s, stop, tasks = message.numbers
         self._stop |= bool(stop)
         if message.kind == FLUSH:
@@ -225,8 +236,7 @@ class Root:
     def _end(self) -> Ended:
         clock = self._clock
         round_s = clock.age_s
-        if self._missing and round_s > (1 + self._waiting.mu) * clock.first_s + 1e-3:
-            self._waits += 1
+        self._waits += self._had_to_wait
         if self._busy:
             self.times.append(clock.took)
         job, vector, error = self._round - self._base - self._code.delay, None, 0.0

@@ -18,6 +18,8 @@ from fulgurite.plugins.comm.coded_messages import BYE, FAIL, FLUSH, ORDERS, RESU
 from fulgurite.plugins.comm.coded_root import Root, Waiting
 from fulgurite.plugins.comm.gradient_codes import SequentialCode, Task
 
+_FAREWELL_S = 5.0  # most that a process stays after a failure, for the others to hear of it
+
 
 class CodedRounds:
     """This process's part in the rounds; all processes of the world make one and call its methods alike.
@@ -42,9 +44,9 @@ class CodedRounds:
         dtype: torch.dtype = torch.float32,
         record: bool = True,
     ) -> None:
-        self._code, self._timeout_s = make_code(), waiting.timeout_s
+        self._code, self._waiting = make_code(), waiting
         self._newest: float = -1
-        self._link = Link(size, Orders.numbers(self._code.schedule.slots), dtype, BYE, self._note)
+        self._link = Link(size, Orders.numbers(self._code.schedule.slots), dtype, (BYE, FAIL), self._note)
         self._orders: Orders | None = None
         self._failed = self._closed = False
         self.stopped = False  # set by a worker to have all processes stop in the same round
@@ -98,17 +100,33 @@ class CodedRounds:
     def fail(self, cause: str) -> None:
         """Tells all that this process cannot go on."""
         if not self.is_closed:
-            self._failed = True
-            self._link.report(Message(FAIL, text=f"rank {self._link.rank} has failed: {cause}"))
+            self._leave(Message(FAIL, text=f"rank {self._link.rank} has failed: {cause}"))
 
     def close(self) -> None:
-        """Ends the rounds, when all processes have called it; no job may be under way."""
+        """Ends the rounds, when all processes have called it; no job may be under way.
+
+        Raises:
+            RuntimeError: a worker has failed instead, or a connection broke.
+        """
         if not self.is_closed:
             self._closed = True
             self._link.report(Message(BYE))
             self._link.join()
             if self._root is not None:
                 self._root.join()
+            message = self._link.inbox.get()
+            while message.kind == ORDERS:  # of a round that nobody runs
+                message = self._link.inbox.get()
+            if message.kind != BYE:
+                raise RuntimeError(message.text)
+
+    def _leave(self, farewell: Message) -> None:
+        """After a failure; what the others are to know of it reaches them before this process may be gone."""
+        self._failed = True
+        self._link.report(farewell)
+        if self._root is not None:
+            self._root.join()
+            self._link.deliver(_FAREWELL_S)
 
     def _round(self, orders: Orders, compute: Callable[[Task, Tensor], bool]) -> Ended:
         began = time.monotonic()
@@ -120,7 +138,7 @@ class CodedRounds:
             if not done:
                 self._link.recycle(body)
             self._link.report(Message(RESULT if done else SKIP, numbers=numbers, body=body if done else None))
-        self._orders = self._next()
+        self._orders = self._next(time.monotonic() - began)
         return self._orders.ended
 
     def _current(self) -> Orders:
@@ -128,8 +146,9 @@ class CodedRounds:
             self._orders = self._next()
         return self._orders
 
-    def _next(self) -> Orders:
-        patience = 2 * self._timeout_s  # rank 0 gives up first, and knows whom it misses
+    def _next(self, took_s: float = 0.0) -> Orders:
+        # Rank 0 gives up first, and knows whom it misses.
+        patience = 2 * self._waiting.timeout_s + self._waiting.mu * took_s
         try:
             message = self._link.inbox.get(timeout=patience)
         except Empty:
@@ -139,7 +158,7 @@ class CodedRounds:
             ) from None
         if message.kind == ORDERS:
             return Orders.unpack(message)
-        self._failed = True
+        self._leave(Message(BYE))
         raise RuntimeError(message.text)
 
     def _note(self, message: Message) -> None:

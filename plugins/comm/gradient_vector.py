@@ -14,10 +14,18 @@ class GradientVector:
 
     Args:
         parameters: those to train.
+
+    Raises:
+        ValueError: one is complex.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = list(parameters)
+        for parameter in self.parameters:
+            if parameter.is_complex():
+                raise ValueError(
+                    f"`parameters` must be real, got one of {parameter.dtype}: hold it as `torch.view_as_real` of it"
+                )
         self._numels = [parameter.numel() for parameter in self.parameters]
         self._at_loss = sum(self._numels)
         self.size = self._at_loss + 1 + len(self.parameters)
@@ -46,7 +54,8 @@ class GradientVector:
             if parameter.grad is None:
                 part.zero_()
             else:
-                part.view(parameter.shape).copy_(parameter.grad)
+                grad = parameter.grad
+                part.view(parameter.shape).copy_(grad.to_dense() if grad.is_sparse else grad)
         if unscale != 1:
             vector[: self._at_loss].mul_(unscale)
         vector[self._at_loss] = loss

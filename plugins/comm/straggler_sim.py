@@ -130,8 +130,18 @@ class DelayProfile:
             writer.writerows(self.times.double().tolist())
 
     def at_load(self, load: float) -> "DelayProfile":
-        """The same delays with another share of the batch: ``(load - self.load) * seconds_per_load`` on top."""
-        return replace(self, times=self.times + (load - self.load) * self.seconds_per_load, load=load)
+        """The same delays with another share of the batch: ``(load - self.load) * seconds_per_load`` on top.
+
+        Raises:
+            ValueError: results would come before their round.
+        """
+        times = self.times + (load - self.load) * self.seconds_per_load
+        if bool((times < 0).any()):
+            raise ValueError(
+                f"`load` of {load:g} is so far below the {self.load:g} of the profile that, with `seconds_per_load` of"
+                f" {self.seconds_per_load:g}, results would come before 0 s: measure it by `fit_load_slope`"
+            )
+        return replace(self, times=times, load=load)
 
 
 class InjectedDelays:
@@ -143,14 +153,14 @@ class InjectedDelays:
         load: share of the batch that a worker computes in a round.
 
     Raises:
-        ValueError: the profile has no such worker.
+        ValueError: the profile has no such worker, or its delays cannot be those of so little load.
     """
 
     def __init__(self, profile: DelayProfile, worker: int, load: float) -> None:
         if worker >= len(profile.times):
             raise ValueError(f"`profile` has delays of {len(profile.times)} workers, and there is a worker {worker}")
         self._carry_over = profile.carry_over
-        self._seconds = profile.at_load(load).times[worker].clamp(min=0).tolist()
+        self._seconds = profile.at_load(load).times[worker].tolist()
 
     def sleep(self, r: int, pieces: int, is_over: Callable[[], bool]) -> None:
         """Sleeps for one of the ``pieces`` of a round's work; unless delays carry over, no longer than the round."""

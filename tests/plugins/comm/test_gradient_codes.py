@@ -17,6 +17,7 @@ from fulgurite.plugins.comm.gradient_codes import (
     Task,
     UndecodableError,
     encoding_matrix,
+    make_code,
 )
 from tests.plugins.comm.patterns import all_patterns
 
@@ -396,3 +397,125 @@ def test_decode_says_what_it_lacks() -> None:
 def test_bad_arguments(make: Callable[[], Code], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GradientCode(4, 2),
+        lambda: SelectiveRepeat(4, B=1, W=2, lam=2),
+        lambda: SelectiveRepeat(4, B=2, W=3, lam=4),
+        lambda: Multiplexed(4, B=1, W=2, lam=2),
+        lambda: Multiplexed(4, B=2, W=4, lam=1),
+        lambda: Multiplexed(4, B=2, W=3, lam=4),
+    ],
+)
+@pytest.mark.parametrize("jobs", [0, 1, 2, 5])
+def test_the_end_is_that_of_a_code_that_knew_it(make: Callable[[], Code], jobs: int) -> None:
+    """The round in which the end is told has been given out with a job more; a worker is late in the one before."""
+    code = make()
+    weights = whole_weights(code)
+    for r in range(jobs):
+        tasks = code.assign(r)
+        for worker in range(code.n - (r == jobs - 1)):
+            code.receive(r, worker, [computed(task, weights) for task in tasks[worker]])
+        if r >= code.delay:
+            assert torch.equal(code.decode(r - code.delay), expected(code, r - code.delay, weights))
+    assert all(task.job == jobs for tasks in code.assign(jobs) for task in tasks[:1] if task.kind == "plain")
+    tasks = code.end()
+    for r in range(jobs, jobs + code.delay):
+        assert all(task.job < jobs for worker in tasks for task in worker)
+        assert [[(task.job, task.chunks) for task in own] for own in code.assign(r)] == [
+            [(task.job, task.chunks) for task in own] for own in tasks
+        ]
+        for worker in range(code.n):
+            code.receive(r, worker, [computed(task, weights) for task in tasks[worker]])
+        if r >= code.delay:
+            assert torch.equal(code.decode(r - code.delay), expected(code, r - code.delay, weights))
+        tasks = code.assign(r + 1)
+    assert tasks == [[]] * code.n
+    with pytest.raises(UndecodableError, match=f"job {jobs} is not open"):
+        code.decode(jobs)
+
+
+def test_an_end_does_not_put_off_an_earlier_one() -> None:
+    code = GradientCode(3, 1, jobs=1)
+    for r in range(4):
+        code.assign(r)
+    assert code.end() == [[]] * 3
+    assert code.schedule.jobs == 1
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda code: GradientCode(6, 2, code=code),
+        lambda code: SelectiveRepeat(6, B=1, W=2, lam=4, code=code),
+        lambda code: Multiplexed(6, B=2, W=3, lam=2, code=code),
+        lambda code: Multiplexed(6, B=1, W=3, lam=6, code=code),
+    ],
+)
+def test_a_worker_is_given_the_chunks_that_it_holds(make: Callable[[str], Code], code: str) -> None:
+    coded = make(code)
+    generator = torch.Generator().manual_seed(0)
+    given = [set[int]() for _ in range(6)]
+    for r in range(30):
+        for worker, tasks in enumerate(coded.assign(r)):
+            given[worker] |= {chunk for task in tasks for chunk in task.chunks}
+            if torch.rand((), generator=generator) < 0.7:
+                coded.receive(r, worker, [torch.zeros(1)] * len(tasks))
+    held = [coded.chunks_of(worker) for worker in range(6)]
+    assert held == [sorted(chunks) for chunks in given]
+    assert set().union(*held) == set(range(coded.n_chunks))
+
+
+def test_the_error_of_a_decoding() -> None:
+    errors = {}
+    for name in CODES:
+        code = GradientCode(6, 2, code=name, seed=1)
+        tasks = code.assign(0)
+        assert code.decode_error(0) == 0
+        for worker in (0, 2, 3, 5):
+            code.receive(0, worker, [computed(tasks[worker][0], code.chunk_weights)])
+        errors[name] = code.decode_error(0)
+    matrix = encoding_matrix(6, 2, "cyclic", 1)
+    combination = torch.linalg.lstsq(matrix[[0, 2, 3, 5]].T, torch.ones(6, 1, dtype=torch.float64)).solution
+    residual = float((combination.T @ matrix[[0, 2, 3, 5]] - 1).abs().max())
+    assert errors["balanced"] == errors["fractional_repetition"] == 0
+    assert 0 < errors["cyclic"] < 1e-12 > residual
+
+
+@pytest.mark.parametrize(
+    ("scheme", "params", "kind"),
+    [
+        ("gc", {"s": 2}, GradientCode),
+        ("gc", {"s": 0}, GradientCode),
+        ("sr_sgc", {"B": 1, "W": 2, "lam": 2}, SelectiveRepeat),
+        ("m_sgc", {"B": 1, "W": 2, "lam": 2}, Multiplexed),
+    ],
+)
+def test_a_code_by_its_name(scheme: Any, params: dict[str, int], kind: type[Code]) -> None:
+    code = make_code(scheme, 5, **params, code="cyclic", seed=4)
+    alike = kind(5, **params, code="cyclic", seed=4)
+    assert type(code) is kind
+    assert (code.load, code.delay, code.n_chunks) == (alike.load, alike.delay, alike.n_chunks)
+    own = code.task(1, 0, "coded", 0)
+    assert torch.equal(own.coeffs, alike.task(1, 0, "coded", 0).coeffs)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "params", "message"),
+    [
+        ("gc", {}, "`s`"),
+        ("gc", {"s": 1, "B": 1}, "`B`"),
+        ("gc", {"s": 5}, "`s` is how many of the 5 workers may be missing"),
+        ("m_sgc", {"s": 1, "B": 1, "W": 2, "lam": 1}, "`s`"),
+        ("m_sgc", {"B": 1, "W": 2}, "`lam`"),
+        ("sr_sgc", {"B": 2, "W": 4, "lam": 1}, "`B` must divide `W` - 1"),
+        ("mds", {"s": 1}, "mds"),
+    ],
+)
+def test_bad_names_and_parameters(scheme: Any, params: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_code(scheme, 5, **params)

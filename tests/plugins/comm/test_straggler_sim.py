@@ -1,5 +1,6 @@
 import copy
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fulgurite.plugins.comm.straggler_sim import DelayProfile, SimResult, fit_load_slope, search, simulate
+from fulgurite.plugins.comm.straggler_sim import (
+    DelayProfile,
+    InjectedDelays,
+    SimResult,
+    fit_load_slope,
+    search,
+    simulate,
+)
 
 
 class Textbook:
@@ -450,5 +458,56 @@ def test_bad_draws_files_and_slopes(tmp_path: Path) -> None:
     file.write_text("load,seconds_per_load,carry_over\n0.5,1.0,0\n1.0,2.0\n1.0\n")
     with pytest.raises(ValueError, match=r"bad.csv has 1 rounds for worker 1, and 2 for worker 0"):
         DelayProfile.from_csv(file)
-    with pytest.raises(ValueError, match="`times` are seconds"):
+    with pytest.raises(ValueError, match=r"`load` of 0.25 is so far below the 0.5 of the profile .* before 0 s"):
         profile_of([[0.1]], load=0.5, slope=1.0).at_load(0.25)
+
+
+class Over:
+    """Says that a round is over after some questions."""
+
+    def __init__(self, after: float) -> None:
+        self.after, self.asked = after, 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.asked > self.after
+
+
+def test_injected_delays_end_with_the_round() -> None:
+    delays = InjectedDelays(DelayProfile(torch.full((2, 3), 1e4), 0.5, 0.0), 1, 0.5)
+    over = Over(3)
+    delays.sleep(0, 1, over)
+    assert over.asked == 4
+
+
+def slept(delays: InjectedDelays, r: int, pieces: int, over: Over) -> float:
+    start = time.monotonic()
+    delays.sleep(r, pieces, over)
+    return time.monotonic() - start
+
+
+def test_injected_delays_that_carry_over_are_slept_out() -> None:
+    profile = DelayProfile(torch.full((1, 1), 0.04), 1.0, 0.0, carry_over=True)
+    assert slept(InjectedDelays(profile, 0, 1.0), 0, 1, Over(0)) >= 0.04
+
+
+def test_injected_delays_are_of_the_worker_the_round_and_the_load() -> None:
+    profile = DelayProfile(torch.tensor([[1e4, 1e4], [0.0, 0.06]]), load=0.5, seconds_per_load=0.08)
+    at_load, more = InjectedDelays(profile, 1, 0.5), InjectedDelays(profile, 1, 1.0)
+    over = Over(math.inf)
+    for r in (0, 2):  # rounds come again
+        at_load.sleep(r, 1, over)
+    assert over.asked == 0
+    for r in (1, 3):
+        assert slept(at_load, r, 1, Over(math.inf)) >= 0.06
+        assert slept(at_load, r, 3, Over(math.inf)) >= 0.02
+    assert slept(more, 0, 1, Over(math.inf)) >= 0.04
+    assert slept(more, 1, 2, Over(math.inf)) >= 0.05
+
+
+def test_bad_injections() -> None:
+    profile = DelayProfile(torch.ones(2, 3), 0.5, 4.0)
+    with pytest.raises(ValueError, match="`profile` has delays of 2 workers, and there is a worker 2"):
+        InjectedDelays(profile, 2, 0.5)
+    with pytest.raises(ValueError, match=r"`load` of 0.1 is so far below the 0.5 of the profile .* before 0 s"):
+        InjectedDelays(profile, 1, 0.1)
