@@ -198,8 +198,8 @@ def test_the_loss_is_that_of_the_whole_batch(tmp_path: Path) -> None:
     assert trainer.callback_metrics["gradient_coding/loss"] == pytest.approx(float(expected), rel=1e-5)
     assert 0 < trainer.callback_metrics["gradient_coding/decode_error"] < 1e-6
     assert trainer.callback_metrics["gradient_coding/load"] == 1
-    assert trainer.callback_metrics["gradient_coding/bytes_sent"] > 0
-    assert "gradient_coding/round_s" in Path(trainer.logger.log_dir, "metrics.csv").read_text()  # type: ignore[union-attr, arg-type]
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    assert "gradient_coding/round_s" in metrics.read_text()
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -546,8 +546,8 @@ def test_record_search_train(tmp_path: Path) -> None:
     weights(tmp_path, made(), coded(s=0, delay_injection=late(1)), callbacks=[Keeps()])
     profile = DelayProfile.from_csv(tmp_path / "profile.csv")
     assert profile.times.shape == (3, 8)
-    assert profile.times[1, ::3].min() > 0.3
-    assert profile.times[1, 1::3].max() < 0.3
+    assert profile.times[1, ::3].min() > 0.25
+    assert profile.times[1, 1::3].max() < 0.25
     best = search(profile, jobs=5, max_delay=1)[0]
     assert best.params != {"s": 0}
 
