@@ -196,7 +196,7 @@ def test_the_loss_is_that_of_the_whole_batch(tmp_path: Path) -> None:
         expected = (module(x) - y).square().mean()
     trainer.fit(module)
     assert trainer.callback_metrics["gradient_coding/loss"] == pytest.approx(float(expected), rel=1e-5)
-    assert 0 < trainer.callback_metrics["gradient_coding/decode_error"] < 1e-6
+    assert trainer.callback_metrics["gradient_coding/decode_error"] < 1e-6  # 0 where one answer was enough
     assert trainer.callback_metrics["gradient_coding/load"] == 1
     (metrics,) = tmp_path.rglob("metrics.csv")
     assert "gradient_coding/round_s" in metrics.read_text()
