@@ -124,23 +124,23 @@ class ChunkedStep:
             if name in job.begun:
                 stack.enter_context(_kept(self._module.buffers()))
             if job.weights is not None:
-                stack.enter_context(_swapped(self.vectors[job.member].parameters, job.weights))
+                stack.enter_context(showing(self.vectors[job.member].parameters, "data", job.weights))
             job.begun.add(name)
             yield
 
 
 @contextmanager
-def training_modes(module: nn.Module, modes: Sequence[bool]) -> Iterator[None]:
-    """Shows a module's parts in training or evaluation mode, one flag each."""
-    parts = list(module.modules())
-    before = [part.training for part in parts]
+def showing(objects: Iterable[nn.Module | nn.Parameter], name: str, values: Sequence[Any]) -> Iterator[None]:
+    """Gives objects other values of an attribute, one each: modules their modes, parameters their data."""
+    shown = list(objects)
+    before = [getattr(each, name) for each in shown]
     try:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
+        for each, value in zip(shown, values, strict=True):
+            setattr(each, name, value)
         yield
     finally:
-        for part, mode in zip(parts, before, strict=True):
-            part.training = mode
+        for each, value in zip(shown, before, strict=True):
+            setattr(each, name, value)
 
 
 @contextmanager
@@ -152,15 +152,3 @@ def _kept(buffers: Iterable[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
-
-
-@contextmanager
-def _swapped(parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]) -> Iterator[None]:
-    current = [parameter.data for parameter in parameters]
-    try:
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.data = weight
-        yield
-    finally:
-        for parameter, weight in zip(parameters, current, strict=True):
-            parameter.data = weight

@@ -32,7 +32,7 @@ from fulgurite.plugins.comm.gradient_codes import make_code
 from fulgurite.plugins.comm.straggler_sim import DelayProfile, InjectedDelays
 from fulgurite.plugins.loaders import with_batches
 from fulgurite.strategies._lightning import wants_sync_batchnorm
-from fulgurite.strategies.chunked_step import ChunkedStep, Job, training_modes
+from fulgurite.strategies.chunked_step import ChunkedStep, Job, showing
 from fulgurite.strategies.concurrent_modules import ConcurrentModules
 from fulgurite.strategies.unwrapped import UnwrappedStrategy
 
@@ -213,7 +213,7 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         self._rounds = CodedRounds(make, size, waiting, total=self._total, dtype=dtype, record=self.record)
         self._vector = None
         self._step: tuple[int, int] | None = None  # epoch and batch of the last job
-        self._same_batches = self.data == "held"
+        self._same_batches = False
         self._delays = None
         if self.delay_injection is not None:
             self._delays = InjectedDelays(self.delay_injection, self.global_rank, self._coded.load)
@@ -325,11 +325,12 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
     # ---- what all processes must agree on ----------------------------------------------------------------------------
 
     def _refuse_unlike(self, batch: Any) -> None:
-        """Compares the first batch, which all workers must have alike."""
+        """Compares the first batch, or which samples are in it, which all workers must have alike."""
         if self._same_batches:
             return
         self._same_batches = True
-        digest = torch.frombuffer(bytearray(_digest(batch)), dtype=torch.int64)
+        alike = batch if self.data == "slice" else torch.tensor(self._batches.first)
+        digest = torch.frombuffer(bytearray(_digest(alike)), dtype=torch.int64)
         of_root = digest.clone().to(self.root_device)
         dist.broadcast(of_root, 0)
         differ = torch.tensor(int(not torch.equal(of_root.cpu(), digest)), device=self.root_device)
@@ -372,7 +373,8 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
             module = self._module
             assert isinstance(module, ConcurrentModules)
             # Validation may have begun: without gradients, with the modules in evaluation mode, and with other logs.
-            with torch.inference_mode(False), torch.enable_grad(), training_modes(module, self._modes), module.silent():
+            modes = showing(module.modules(), "training", self._modes)
+            with torch.inference_mode(False), torch.enable_grad(), modes, module.silent():
                 self._step_members(self._flush(self._rounds), jobs)
 
     @override

@@ -89,10 +89,12 @@ class HeldBatches(BatchSampler):
             raise ValueError(f"a loader with the sampler {type(loader.sampler).__name__} cannot be read in parts")
         super().__init__(loader.sampler, loader.batch_size, loader.drop_last)
         self._weights, self._held = weights, held
+        self.first: list[int] = []  # samples of the first batch, all chunks counted; empty before it is drawn
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
         for indices in super().__iter__():
+            self.first = self.first or indices
             chunks = Chunks(self._weights, len(indices))
             held = [indices[i] for chunk in self._held for i in range(*chunks.bounds[chunk])]
             yield held or indices[:1]  # of nothing no batch can be made; it is in no chunk's place

@@ -245,6 +245,16 @@ def test_other_batches_on_a_process_are_refused(tmp_path: Path) -> None:
         weights(tmp_path, made(Own), coded(**GC))
 
 
+def test_another_order_on_a_process_is_refused_where_each_reads_its_own_chunks(tmp_path: Path) -> None:
+    class Own(Regressor):
+        def train_dataloader(self) -> DataLoader[Any]:
+            generator = torch.Generator().manual_seed(self.trainer.global_rank)
+            return loader(shuffle=True, generator=generator)
+
+    with pytest.raises(ProcessRaisedException, match="2 of 3 processes have read another first batch"):
+        weights(tmp_path, made(Own), coded(**GC, data="held"))
+
+
 def test_validation_is_dealt_out_and_training_is_not(tmp_path: Path) -> None:
     class Counts(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
