@@ -10,7 +10,7 @@ import torch
 from fulgurite.plugins.comm.straggler_sim import DelayProfile, SimResult, simulate
 from tests.suites.scripts import load_benchmark
 
-for helper in ("_record", "_sections", "_plots"):
+for helper in ("_record", "_sections", "_plots", "_coded_training"):
     load_benchmark(helper)
 bench = load_benchmark("sequential_gradient_coding", "bench_sequential_gradient_coding")
 
@@ -60,6 +60,23 @@ def test_both_worlds_are_played_and_drawn(tmp_path: Path) -> None:
     assert figure == tmp_path / "sequential_gradient_coding_simulation.png"
     assert figure.stat().st_size > 10_000
     assert bench.draw({"simulation": simulated}, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_schemes_train_to_the_same_weights() -> None:
+    found = bench.live(True)
+    for schemes in found["worlds"].values():
+        assert set(schemes) == {"uncoded", "gc_2", "m_sgc"}
+        assert schemes["uncoded"]["over_uncoded"]["median"] == 1
+        assert all(figures["apart"] <= 1e-6 for figures in schemes.values())
+        assert all(figures["seconds"]["q25"] >= 8 * 0.04 for figures in schemes.values())  # the sleep of 8 batches
+
+
+def test_a_round_is_measured_beside_a_step_of_ddp() -> None:
+    found = bench.overhead(True)
+    for figures in found["batch_sizes"].values():
+        assert set(figures["methods"]) == {"ddp", "uncoded"}
+        assert figures["uncoded_over_ddp"]["median_step_s"]["median"] > 0
 
 
 def test_a_run_and_a_search_are_timed() -> None:

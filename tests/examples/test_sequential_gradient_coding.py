@@ -1,4 +1,4 @@
-"""The example's promises, in a few of its steps; how long the trainings take is looked at in the slow test alone."""
+"""The example's promises, in a few of its steps; ``benchmarks/`` measures how long its trainings take."""
 
 import json
 from pathlib import Path
@@ -50,14 +50,3 @@ def test_the_delays_are_worth_a_code(example: ModuleType) -> None:
     delays = example.delays_of(processes=6, steps=42, base_s=0.05, slow_share=0.08, seconds_per_load=0.06, seed=0)
     uncoded, coded = (simulate("gc", delays, 42, mu=0.3, s=s).total_s for s in (0, 2))
     assert coded < 0.75 * uncoded
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_two_late_processes_cost_little(
-    example: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], seed: int
-) -> None:
-    runs = example.main(seed=seed, folder=tmp_path)
-    assert runs[1].name == "s=2"
-    assert runs[1].at_s[-1] <= 0.75 * runs[0].at_s[-1]  # both sleep far longer than they compute
-    assert max(distances(capfd.readouterr()[0])) <= 1e-6

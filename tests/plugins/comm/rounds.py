@@ -58,7 +58,7 @@ class Worker:
             until(self.rounds.is_over, patience_s=3.0)
             if self.rounds.is_over():
                 return False
-        time.sleep(0.004)
+        time.sleep(0.01)
         write(self.code, self.window, task, row)
         return True
 

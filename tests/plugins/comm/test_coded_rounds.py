@@ -34,7 +34,7 @@ RUNS: list[tuple[int, str, dict[str, int], Late, list[int]]] = [
 def trained(rank: int, n: int, scheme: Any, params: Any, late: Late, windows: list[int], total: bool) -> dict[str, Any]:
     code = make_code(scheme, n, **params)
     make = partial(make_code, scheme, n, **params)
-    rounds = CodedRounds(make, SIZE, Waiting(mu=5.0, timeout_s=30.0), total=total)
+    rounds = CodedRounds(make, SIZE, Waiting(mu=20.0, timeout_s=30.0), total=total)
     worker = Worker(rounds, code, {r for i, r in late if i == rank})
     brought = []
     for worker.window, jobs in enumerate(windows):
@@ -236,7 +236,7 @@ def test_one_that_dies_is_named(victim: int, s: int, size: int) -> None:
 
 
 def hung_at_the_end(rank: int) -> str:
-    rounds = CodedRounds(partial(make_code, "m_sgc", 3, B=1, W=2, lam=3), SIZE, Waiting(mu=5.0, timeout_s=1.0))
+    rounds = CodedRounds(partial(make_code, "m_sgc", 3, B=1, W=2, lam=3), SIZE, Waiting(mu=20.0, timeout_s=1.0))
     worker = Worker(rounds, make_code("m_sgc", 3, B=1, W=2, lam=3))
 
     def compute(task: Task, row: Tensor) -> bool:
