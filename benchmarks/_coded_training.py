@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -161,6 +162,6 @@ def without_delays(fit: Fit, repetitions: int) -> dict[str, list[dict[str, float
             coded = SequentialGradientCodingStrategy("gc", s=0, start_method="fork")
             watch, _ = fit.run("ddp_fork" if name == "ddp" else coded)
             at_s = watch["at_s"][2:]  # the first steps set up buffers
-            steps = [after - before for before, after in zip(at_s, at_s[1:], strict=False)]
+            steps = [after - before for before, after in pairwise(at_s)]
             rows[name].append({"median_step_s": median(steps), "mean_step_s": sum(steps) / len(steps)})
     return rows

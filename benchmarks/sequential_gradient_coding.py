@@ -4,10 +4,11 @@
         [live|overhead|simulation|carry_over|simulator|peer|published_profile|figure|all]
         [--quick] [--peer FOLDER] [--profile FILE]
 
-``live`` trains six processes that sleep now and then, ``overhead`` two that do not, beside DDP. ``simulation`` plays drawn delays of 256 workers with each scheme's best parameters; ``carry_over`` does so where a late
-worker must finish what it began; ``simulator`` times a simulated run and a search. ``peer`` times the paper's own
-simulator in turn, from a checkout of mamaj/Sequential-Gradient-Coding-2; ``published_profile`` plays delays from a CSV
-of ``DelayProfile.to_csv``. These two are left out where they are given no path. Each section replaces its part of
+``live`` trains six processes that sleep now and then, ``overhead`` two that do not, beside DDP. ``simulation`` plays
+drawn delays of 256 workers with each scheme's best parameters; ``carry_over`` does so where a late worker must finish
+what it began; ``simulator`` times a simulated run and a search. ``peer`` times the paper's own simulator in turn, from
+a checkout of mamaj/Sequential-Gradient-Coding-2; ``published_profile`` plays delays from a CSV of
+``DelayProfile.to_csv``. These two are left out where they are given no path. Each section replaces its part of
 ``results/sequential_gradient_coding.json``.
 """
 

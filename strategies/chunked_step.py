@@ -61,6 +61,7 @@ class ChunkedStep:
         ]
         self.jobs: list[Job | None] = []  # by number; None where the gradient is not under way any more
         self.loss = torch.zeros(())  # mean over the chunks of the last task
+        self.ran: set[int] = set()  # members whose training step has run in this epoch
 
     def begin(self, job: Job, delay: float) -> None:
         """The next job begins, and the one of ``delay + 1`` jobs before needs no more work."""
@@ -77,7 +78,9 @@ class ChunkedStep:
         loss = weight = 0.0
         with self._as_of(job, task), isolate_generators():
             for chunk, coefficient in zip(task.chunks, task.coeffs.tolist(), strict=True):
-                if not self._may_go_on(len(task.chunks)):
+                # Once an epoch late workers compute a chunk all the same: where `training_step` logs for the epoch, the
+                # others wait for them at its end.
+                if not self._may_go_on(len(task.chunks)) and job.member in self.ran:
                     return False
                 share = coefficient * job.chunks.share(chunk)
                 if share:  # else an empty chunk
@@ -102,6 +105,7 @@ class ChunkedStep:
 
     def _backward(self, job: Job, chunk: int, share: float) -> float:
         """Adds the gradient of ``share`` times a chunk's mean loss; returns ``share`` times the loss."""
+        self.ran.add(job.member)
         with self._precision.train_step_context():
             output = self._members[job.member].training_step(cut(job.batch, *job.places[chunk]), *job.args)
         loss = output["loss"] if isinstance(output, Mapping) else output

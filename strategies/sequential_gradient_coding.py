@@ -265,6 +265,8 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
                 f" gradient that comes {self.delay} rounds later or with others: use 'gc' with"
                 " `accumulate_grad_batches=1`, or an optimizer that steps on one gradient"
             )
+        if self._step is None or self._step[0] != step[0]:
+            self._steps.ran.clear()
         self._step = step
         held = self._held if self.data == "held" else None
         size = batch_size(batch) if held is None else self._batches.size(self._batch_idx)
@@ -347,8 +349,11 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         if self._in_training_step and group is None:
             raise MisconfigurationException(
                 "`self.log(..., sync_dist=True)` in `training_step` is a collective, and workers do not call it equally"
-                " often here: log without it, or read `gradient_coding/loss`, which is the mean over the whole batch"
+                " often here: log with `on_step=False, on_epoch=True` or without `sync_dist`, or read"
+                " `gradient_coding/loss`, which is the mean over the whole batch"
             )
+        if reduce_op in ("mean", "avg") and not torch.is_floating_point(tensor):
+            tensor = tensor.float()  # how often workers have logged, unequally: a mean must not be cut to whole numbers
         return super().reduce(tensor, group, reduce_op)
 
     def _log(self, brought: Sequence[Ended], loss: Tensor | None) -> None:

@@ -61,7 +61,7 @@ class CodedRounds:
         """Takes part in one round, in which one job begins.
 
         Args:
-            compute: writes a task's vector into a row of ``(size,)``; False where it gave up, the round being over.
+            compute: writes a task's vector into a row of ``(size,)``; False where it gave up, as :meth:`is_over` says.
 
         Returns:
             What the round has brought, the same on all processes.
@@ -133,7 +133,7 @@ class CodedRounds:
         if orders.tasks:
             tasks = [self._code.task(self._link.rank, *task) for task in orders.tasks]
             body = self._link.buffer(len(tasks))
-            done = all(not self.is_over() and compute(task, row) for task, row in zip(tasks, body, strict=True))
+            done = all(compute(task, row) for task, row in zip(tasks, body, strict=True))
             numbers = (orders.round, time.monotonic() - began, float(self.stopped), len(tasks))
             if not done:
                 self._link.recycle(body)

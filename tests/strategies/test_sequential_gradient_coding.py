@@ -21,6 +21,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
 
 from fulgurite.plugins.comm.straggler_sim import DelayProfile, search
 from fulgurite.strategies import SequentialGradientCodingStrategy
@@ -200,6 +201,44 @@ def test_the_loss_is_that_of_the_whole_batch(tmp_path: Path) -> None:
     assert trainer.callback_metrics["gradient_coding/load"] == 1
     (metrics,) = tmp_path.rglob("metrics.csv")
     assert "gradient_coding/round_s" in metrics.read_text()
+
+
+class EpochLog(Ordered):
+    """Logs for the epoch, by Lightning's means and by torchmetrics."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.mean = MeanMetric()
+        self.steps = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.steps += 1
+        rank = float(self.global_rank)
+        self.mean.update(rank)
+        self.log("metric", self.mean, on_step=False, on_epoch=True)
+        self.log("rank", rank, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        Path(f"{self.global_rank}-{self.current_epoch}.txt").write_text(str(self.steps))
+
+    def on_train_end(self) -> None:
+        logged = {name: self.trainer.callback_metrics[name] for name in ("rank", "metric")}
+        torch.save(logged, f"logged-{self.global_rank}.pt")
+
+
+def test_logs_of_an_epoch_are_of_all_workers_though_one_be_late_in_all_steps(tmp_path: Path) -> None:
+    times = torch.tensor([[0.005], [0.005], [1e4]], dtype=torch.float64)
+    delays = DelayProfile(times, load=1 / 3, seconds_per_load=0.0)
+    weights(tmp_path, EpochLog(make_optimizer=sgd), coded(**GC, delay_injection=delays))
+    steps = [[int(Path(f"{rank}-{epoch}.txt").read_text()) for epoch in (0, 1)] for rank in range(3)]
+    assert steps[2] == [1, 2]
+    of_last = [after - before for before, after in steps]
+    expected = sum(rank * count for rank, count in enumerate(of_last)) / sum(of_last)
+    for rank in range(3):
+        logged = torch.load(f"logged-{rank}.pt", weights_only=True)
+        assert logged["rank"] == pytest.approx(expected)
+        assert logged["metric"] == pytest.approx(expected)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

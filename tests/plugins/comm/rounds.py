@@ -53,6 +53,8 @@ class Worker:
         self.begun: list[int] = []  # rounds
 
     def __call__(self, task: Task, row: Tensor) -> bool:
+        if self.rounds.is_over():
+            return False
         self.begun.append(self.rounds.round)
         if self.rounds.round in self.late:
             until(self.rounds.is_over, patience_s=3.0)

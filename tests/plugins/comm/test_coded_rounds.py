@@ -150,7 +150,7 @@ def test_a_late_result_of_an_earlier_window_is_dropped() -> None:
 
 def late_by_many(rank: int, newest: Any, many: int) -> dict[str, Any]:
     code = make_code("gc", 3, s=1, code="cyclic")
-    rounds = CodedRounds(partial(make_code, "gc", 3, s=1, code="cyclic"), SIZE, Waiting(timeout_s=30.0))
+    rounds = CodedRounds(partial(make_code, "gc", 3, s=1, code="cyclic"), SIZE, Waiting(mu=20.0, timeout_s=30.0))
     worker = Worker(rounds, code)
     reached = []
 
