@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from fulgurite.plugins.comm.chunks import Chunks, cut
 from fulgurite.plugins.comm.gradient_codes import Task
 from fulgurite.plugins.comm.gradient_vector import GradientVector
 from fulgurite.plugins.seeds import isolate_generators, seed_all
-from fulgurite.strategies.concurrent_modules import ConcurrentModules
+from fulgurite.strategies.concurrent_modules import ConcurrentModules, call_step, loss_of
 
 
 @dataclass
@@ -107,14 +106,8 @@ class ChunkedStep:
         """Adds the gradient of ``share`` times a chunk's mean loss; returns ``share`` times the loss."""
         self.ran.add(job.member)
         with self._precision.train_step_context():
-            output = self._members[job.member].training_step(cut(job.batch, *job.places[chunk]), *job.args)
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise MisconfigurationException(
-                f"`training_step` must return a loss for each chunk of a batch, got {type(loss).__name__}: the gradient"
-                " of the batch would lack the chunk"
-            )
-        weighted = loss * share
+            step = self._members[job.member].training_step
+            weighted = loss_of(call_step(step, cut(job.batch, *job.places[chunk]), *job.args)) * share
         scaler = getattr(self._precision, "scaler", None)
         scaled = scaler.scale(weighted) if scaler is not None else weighted
         self._precision.backward(scaled, self._module, None)

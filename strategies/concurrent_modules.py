@@ -1,8 +1,9 @@
 """Several models trained in turns, so that the gradient of one may take its time (arXiv 2211.13802)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,17 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
-
-_FORWARDED = (
-    "on_train_start",
-    "on_train_end",
-    "on_train_epoch_start",
-    "on_train_epoch_end",
-    "on_validation_epoch_start",
-    "on_validation_epoch_end",
-    "on_test_epoch_start",
-    "on_test_epoch_end",
-)
 
 
 class ConcurrentModules(LightningModule):
@@ -32,8 +22,10 @@ class ConcurrentModules(LightningModule):
     ``pipeline="interleaved"`` it makes room for the delay ``T`` of a code, without stale gradients, where it has
     ``T + 1`` modules or more. Under any other strategy it trains them in the same turns.
 
-    Validation and test run all modules on each batch. Epoch hooks of the modules are called (``on_train_epoch_end`` and
-    the like), hooks of batches are not.
+    Validation, test and prediction run all modules on each batch; a prediction is a list of theirs. The hooks of
+    training's and evaluation's start and end and of epochs are called, and ``on_before_optimizer_step``; hooks of
+    batches are not. Lightning refuses its own clipping and accumulation, as with all manual optimization: clip in
+    ``on_before_optimizer_step``.
 
     Args:
         modules: at least one, each with one optimizer.
@@ -49,6 +41,7 @@ class ConcurrentModules(LightningModule):
         self.automatic_optimization = False
         self.members = nn.ModuleList(modules)
         self._turn = 0
+        self._steps = [0] * len(modules)
         self._is_silent = False
 
     @override
@@ -85,13 +78,7 @@ class ConcurrentModules(LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
         index = self.take_turn()
-        output = self._each()[index].training_step(batch, batch_idx)
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise MisconfigurationException(
-                f"`training_step` of module {index} must return a loss, got {type(loss).__name__}"
-            )
-        self.manual_backward(loss)
+        self.manual_backward(loss_of(call_step(self._each()[index].training_step, batch, batch_idx)))
         self.step_of(index)
 
     def step_of(self, index: int) -> None:
@@ -100,11 +87,14 @@ class ConcurrentModules(LightningModule):
         optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
         optimizer.step()
         optimizer.zero_grad()
-        self._step_schedulers("step", optimizer.optimizer)
+        self._steps[index] += 1
+        self._step_schedulers("step", self._steps[index], optimizer.optimizer)
 
-    def _step_schedulers(self, interval: str, optimizer: Optimizer | None = None) -> None:
+    def _step_schedulers(self, interval: str, count: int, optimizer: Optimizer | None = None) -> None:
+        """Steps those that are due at the ``count``-th step or epoch, of one optimizer or all."""
         for config in self.trainer.lr_scheduler_configs:
-            if config.interval == interval and optimizer in (None, config.scheduler.optimizer):
+            of_it = optimizer in (None, config.scheduler.optimizer)
+            if config.interval == interval and of_it and not count % config.frequency:
                 config.scheduler.step()  # type: ignore[call-arg]
 
     @override
@@ -114,44 +104,104 @@ class ConcurrentModules(LightningModule):
     # ---- everything else ---------------------------------------------------------------------------------------------
 
     @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        for member in self._each():
-            member.validation_step(batch, batch_idx)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._call_all("validation_step", batch, batch_idx, dataloader_idx)
 
     @override
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        for member in self._each():
-            member.test_step(batch, batch_idx)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._call_all("test_step", batch, batch_idx, dataloader_idx)
 
-    def _forward_hook(self, name: str) -> None:
-        for member in self._each():
-            getattr(member, name)()
+    @override
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
+        return self._call_all("predict_step", batch, batch_idx, dataloader_idx)
+
+    def _call_all(self, name: str, *args: Any) -> list[Any]:
+        return [call_step(getattr(member, name), *args) for member in self._each()]
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        index = [each is optimizer for each in self.trainer.optimizers].index(True)
+        self._each()[index].on_before_optimizer_step(optimizer)
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._call_all("on_train_epoch_end")
+        self._step_schedulers("epoch", self.current_epoch + 1)
+
+    @override
+    def on_train_start(self) -> None:
+        self._call_all("on_train_start")
+
+    @override
+    def on_train_end(self) -> None:
+        self._call_all("on_train_end")
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._call_all("on_train_epoch_start")
+
+    @override
+    def on_validation_start(self) -> None:
+        self._call_all("on_validation_start")
+
+    @override
+    def on_validation_end(self) -> None:
+        self._call_all("on_validation_end")
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._call_all("on_validation_epoch_start")
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._call_all("on_validation_epoch_end")
+
+    @override
+    def on_test_start(self) -> None:
+        self._call_all("on_test_start")
+
+    @override
+    def on_test_end(self) -> None:
+        self._call_all("on_test_end")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._call_all("on_test_epoch_start")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._call_all("on_test_epoch_end")
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["concurrent_modules"] = {"turn": self._turn}
+        checkpoint["concurrent_modules"] = {"turn": self._turn, "steps": self._steps}
         for member in self._each():
             member.on_save_checkpoint(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._turn = checkpoint["concurrent_modules"]["turn"]
+        self._turn, self._steps = (checkpoint["concurrent_modules"][name] for name in ("turn", "steps"))
         for member in self._each():
             member.on_load_checkpoint(checkpoint)
 
 
-def _hook(name: str) -> Any:
-    def forward(self: ConcurrentModules) -> None:
-        self._forward_hook(name)
-        if name == "on_train_epoch_end":
-            self._step_schedulers("epoch")
-
-    forward.__name__, forward.__doc__ = name, "Calls the modules' own."
-    return forward
+def call_step(step: Callable[..., Any], *args: Any) -> Any:
+    """Calls a step of a module with as many of the arguments as it takes, as Lightning does."""
+    kinds = [parameter.kind for parameter in signature(step).parameters.values()]
+    if Parameter.VAR_POSITIONAL in kinds:
+        return step(*args)
+    return step(*args[: sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)])
 
 
-for _name in _FORWARDED:
-    setattr(ConcurrentModules, _name, _hook(_name))
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a ``training_step`` has returned."""
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise MisconfigurationException(
+            f"`training_step` must return a loss for each batch, and for each chunk of one, got {type(loss).__name__}:"
+            " its gradient would be missing"
+        )
+    return loss
 
 
 def _one_optimizer(configured: Any, index: int) -> dict[str, Any]:

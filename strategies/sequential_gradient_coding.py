@@ -94,8 +94,14 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
     ) -> None:
         _check_choices(code=(code, Code), wait=(wait, Rule), pipeline=(pipeline, Pipeline))
         _check_choices(data=(data, Literal["slice", "held"]))
-        if not mu > 0:
-            raise ValueError(f"`mu` is the patience with late results and must be positive, got {mu}")
+        _check_kinds(int, s=s, B=B, W=W, lam=lam, seed=seed)
+        _check_kinds(DelayProfile, delay_injection=delay_injection)
+        _check_kinds(float, mu=mu)
+        if not 0 < mu < math.inf:
+            raise ValueError(
+                f"`mu` is the patience with late results and must be positive and finite, got {mu}: a round that waits"
+                " for all is one of s=0, or of a `mu` of 1000"
+            )
         self._make_code = partial(make_code, scheme, s=s, B=B, W=W, lam=lam, seed=seed)
         fewest = self._make_code(max(lam or 0, s or 0) + 1)  # refuses what no number of processes makes right
         super().__init__(**kwargs)
@@ -261,8 +267,8 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         step = trainer.current_epoch, self._batch_idx
         if step == self._step and (self._total or self.delay):
             raise MisconfigurationException(
-                "the optimizer calls its closure more than once a step, as LBFGS does, and each call would take a"
-                f" gradient that comes {self.delay} rounds later or with others: use 'gc' with"
+                "the optimizer calls its closure more than once a step, as LBFGS does, and a call has no gradient of"
+                " its own where gradients come rounds later or many at a time: use 'gc' with"
                 " `accumulate_grad_batches=1`, or an optimizer that steps on one gradient"
             )
         if self._step is None or self._step[0] != step[0]:
@@ -486,9 +492,22 @@ def _check_choices(**given: tuple[object, Any]) -> None:
             raise ValueError(f"`{name}` must be one of {get_args(choices)}, got {value!r}")
 
 
+def _check_kinds(kind: type, **given: object) -> None:
+    """Refuses what is neither of a kind nor None; whole numbers are of kind float too, and True is no number."""
+    for name, value in given.items():
+        kinds = (int, float) if kind is float else kind
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise TypeError(f"`{name}` must be of type {kind.__name__}, got {value!r}")
+
+
 def _digest(batch: Any) -> bytes:
     digest = blake2b(digest_size=8)
-    apply_to_collection(
-        batch, Tensor, lambda tensor: digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    )
+
+    def add(value: Tensor | str) -> None:
+        if isinstance(value, str):
+            digest.update(value.encode())
+        else:
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    apply_to_collection(batch, (Tensor, str), add)
     return digest.digest()

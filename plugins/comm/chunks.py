@@ -1,6 +1,6 @@
 """A global batch in chunks: which samples a worker computes, and what it needs to read (arXiv 2211.13802)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -60,13 +60,24 @@ def batch_size(batch: Any) -> int:
 
 
 def cut(batch: Any, start: int, stop: int) -> Any:
-    """Rows ``start`` to ``stop`` of all tensors that have as many as the first one; all else as it is."""
+    """Rows ``start`` to ``stop`` of all that has as many as the first tensor: tensors, and lists of texts or objects.
+
+    All else is as it was, and so are lists of another length, of tensors or of lists, what is in which is cut instead.
+    """
     size = batch_size(batch)
 
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.dim() and len(tensor) == size else tensor
+    def parts(value: Any) -> Any:
+        return apply_to_collection(value, (Tensor, list, tuple), rows)
 
-    return apply_to_collection(batch, Tensor, rows)
+    def rows(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[start:stop] if value.dim() and len(value) == size else value
+        if any(isinstance(item, Tensor | Mapping | list | tuple) for item in value):
+            made = [parts(item) for item in value]
+            return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+        return value[start:stop] if len(value) == size else value
+
+    return parts(batch)
 
 
 class HeldBatches(BatchSampler):

@@ -71,7 +71,7 @@ class Orders:
     @staticmethod
     def numbers(slots: int) -> int:
         """Most numbers of a message with orders."""
-        return 5 + len(astuple(RoundStats())) + 3 * slots
+        return len(Orders(0, False, (), Ended()).pack().numbers) + 3 * slots
 
     @staticmethod
     def round_of(message: Message) -> int:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty
 
 import torch
@@ -129,8 +129,8 @@ class Root:
                 vector = vector.clone()
             self._unanswered[peer] += bool(own)
             names = tuple((task.job, task.kind, task.index) for task in own)
-            given = Ended(ended.job, vector, ended.over, ended.stop, ended.stats)
-            self._link.tell(peer, Orders(self._round, self._draining, names, given).pack())
+            orders = Orders(self._round, self._draining, names, replace(ended, vector=vector))
+            self._link.tell(peer, orders.pack())
             if vector is not None and peer:
                 self._bytes += vector.nbytes
 

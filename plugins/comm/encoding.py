@@ -63,7 +63,9 @@ def check_missing(n: int, s: int) -> None:
     """Refuses a number of missing workers that no code bears."""
     if n < 1:
         raise ValueError(f"`n` counts workers and must be at least 1, got {n}")
-    if not 0 <= s < n:
+    if s < 0:
+        raise ValueError(f"`s` is how many workers may be missing and must be at least 0, got {s}")
+    if s >= n:
         raise ValueError(f"`s` is how many of the {n} workers may be missing and must be from 0 to {n - 1}, got {s}")
 
 

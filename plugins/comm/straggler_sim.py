@@ -288,7 +288,8 @@ def search(
     """Simulates the schemes with many parameters on one profile; ``"gc"`` with ``s=0`` is training without a code.
 
     All numbers of late workers are tried up to 9, from there on in steps of about a sixth. With the rule that the
-    simulation waits by, SR-SGC depends on ``B`` and its ``s`` alone: ``W = B + 1`` stands for all ``W``.
+    simulation waits by, SR-SGC depends on ``B`` and its ``s`` alone: ``W = B + 1`` stands for all ``W``. Without late
+    workers, ``lam=0``, both are training without a code, and left out.
 
     Args:
         profile: at least ``jobs + max_delay`` rounds.
@@ -322,7 +323,7 @@ def _grid(scheme: Scheme, n: int, max_delay: int) -> list[dict[str, int]]:
         counts = [min(2 * s, n) for s in counts if 2 * s <= n + 1]  # s is half of lam, rounded up
     else:
         windows = [(B, W) for W in range(2, max_delay + 2) for B in range(1, W) if max_delay >= W - 2 + B]
-    return [{"B": B, "W": W, "lam": lam} for B, W in windows for lam in counts]
+    return [{"B": B, "W": W, "lam": lam} for B, W in windows for lam in counts if lam]
 
 
 def fit_load_slope(profiles: Sequence[DelayProfile]) -> float:

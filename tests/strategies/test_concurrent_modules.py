@@ -127,6 +127,73 @@ def test_the_forms_of_configure_optimizers(tmp_path: Path) -> None:
     weights(tmp_path, Ends(Lists))
 
 
+class Seldom(Regressor):
+    def __init__(self, interval: str = "step", **options: Any) -> None:
+        super().__init__(**options)
+        self.interval = interval
+
+    def configure_optimizers(self) -> Any:
+        optimizer = sgd(self.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.interval, "frequency": 3},
+        }
+
+
+@pytest.mark.parametrize(("interval", "epochs", "halvings"), [("step", 2, 2), ("epoch", 3, 1)])  # 4 steps an epoch
+def test_schedulers_step_as_often_as_they_ask_for(interval: str, epochs: int, halvings: int, tmp_path: Path) -> None:
+    class Ends(ConcurrentModules):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return loader()
+
+        def on_fit_end(self) -> None:
+            rates = [optimizer.param_groups[0]["lr"] for optimizer in self.trainer.optimizers]
+            assert rates == pytest.approx([0.05 * 0.5**halvings] * 3)
+
+    weights(tmp_path, Ends([Seldom(interval) for _ in range(3)]), max_epochs=epochs)
+
+
+class Terse(Regressor):
+    """Takes batches alone, tells loaders apart, predicts and clips."""
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch, 0)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
+        self.log("loader", float(dataloader_idx))
+
+    def predict_step(self, batch: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return sgd(self.parameters())
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        assert optimizer.param_groups[0]["params"][0] is next(self.parameters())
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1e-9)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_steps_take_what_they_ask_for(devices: int, tmp_path: Path) -> None:
+    class Loaders(Together):
+        def val_dataloader(self) -> Any:
+            return [DataLoader(dataset(32, seed=seed), batch_size=8) for seed in (1, 2)]
+
+        def on_fit_end(self) -> None:
+            found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            assert found["1/loader/dataloader_idx_1"] == 1
+
+    together = Loaders(Terse)
+    before = {name: value.clone() for name, value in together.named_parameters()}
+    strategy = "auto" if devices == 1 else coded(s=1)
+    assert_same(weights(tmp_path, together, strategy, devices, limit_val_batches=1.0), before, 1e-7)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    rows = dataset(16, seed=1)
+    predictions = trainer.predict(together, DataLoader(rows, batch_size=8))
+    assert torch.equal(predictions[1][2], together.members[2](rows.tensors[0][8:]))
+
+
 class Two(Regressor):
     def configure_optimizers(self) -> Any:
         return [sgd(self.embed.parameters()), sgd(self.head.parameters())]

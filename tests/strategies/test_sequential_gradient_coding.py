@@ -112,6 +112,25 @@ def test_equals_synchronous_training_whatever_the_trainer_does(
     assert_equal_to_one_process(tmp_path, lambda: made(WithOrder, make_optimizer=sgd), coded(**GC), **options)
 
 
+class Named(Ordered):
+    """Batches have a list of texts, that the loss depends on."""
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
+        names, x, y = batch
+        assert len(names) == len(x)
+        share = torch.tensor([int(name) % 3 + 1.0 for name in names], dtype=x.dtype)
+        return (share * (self(x) - y).square().view(len(x), -1).mean(1)).mean()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rows = [(str(index), *row) for index, row in enumerate(dataset(4 * BATCH, seed=0))]
+        return DataLoader(rows, batch_size=BATCH)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", ["slice", "held"])
+def test_lists_of_texts_are_cut_as_tensors_are(data: Any, tmp_path: Path) -> None:
+    assert_equal_to_one_process(tmp_path, lambda: made(Named), coded(**GC, data=data), max_epochs=1)
+
+
 @pytest.mark.parametrize("code", ["balanced", "cyclic"])
 def test_all_codes(code: Any, tmp_path: Path) -> None:
     assert_equal_to_one_process(tmp_path, made, coded(s=2, code=code), tolerance=1e-5)
@@ -357,15 +376,16 @@ def test_delay_is_warned_of_with_its_bound() -> None:
     ("options", "message"),
     [
         ({"scheme": "gc"}, "`s` is missing"),
-        ({"s": -1}, "`s` is how many"),
+        ({"s": -1}, "`s` is how many .* at least 0, got -1"),
         ({"s": 1, "B": 1}, "do not belong to 'gc'"),
         ({"scheme": "m_sgc", "s": 1}, "`s` does not belong to 'm_sgc'"),
         ({"scheme": "sr_sgc", "B": 1}, "needs `B`, `W` and `lam`"),
         ({"scheme": "sr_sgc", "B": 2, "W": 4, "lam": 1}, "`B` must divide `W` - 1 .* nearest W: 5"),
         ({"scheme": "m_sgc", "B": 2, "W": 2, "lam": 1}, "`B` is the length of a burst"),
         ({"scheme": "other"}, "`scheme` must be one of"),
-        ({"s": 1, "mu": 0.0}, "`mu` .* must be positive, got 0.0"),
+        ({"s": 1, "mu": 0.0}, "`mu` .* must be positive and finite, got 0.0"),
         ({"s": 1, "mu": float("nan")}, "`mu`"),
+        ({"s": 1, "mu": float("inf")}, "`mu` .* finite, got inf"),
         ({"s": 1, "wait": "all"}, "`wait` must be one of"),
         ({"s": 1, "code": "random"}, "`code` must be one of"),
         ({"s": 1, "pipeline": "stale"}, "`pipeline` must be one of"),
@@ -376,6 +396,17 @@ def test_delay_is_warned_of_with_its_bound() -> None:
 def test_arguments_that_no_trainer_makes_right(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         coded(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("s", "1"), ("s", 1.0), ("s", True), ("mu", "1"), ("seed", "a"), ("delay_injection", 1.0)],
+)
+def test_arguments_of_another_type(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be of type .*, got {value!r}"):
+        coded(**{**GC, name: value})
+    with pytest.raises(TypeError, match=r"`lam` must be of type int, got 1\.5"):
+        coded(**{**M, "lam": 1.5})
 
 
 def test_an_unknown_argument() -> None:
@@ -452,7 +483,7 @@ class LBFGS(Ordered):
         (Ordered, GC, {"sync_batchnorm": True}, "SyncBatchNorm has a collective"),
         (SyncedNorm, GC, {}, "SyncBatchNorm has a collective"),
         (SyncedLog, GC, {}, "`gradient_coding/loss`"),
-        (NoLoss, GC, {}, "must return a loss for each chunk"),
+        (NoLoss, GC, {}, "must return a loss for each batch, and for each chunk"),
         (TwoOptimizers, GC, {}, "manual optimization"),
         (Unfreezing, GC, {}, "was unfrozen or replaced during the fit"),
         (Small, GC, {}, "a batch of 4 samples makes chunks of 1, too few for BatchNorm: .* to 6 or more"),

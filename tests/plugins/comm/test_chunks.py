@@ -1,5 +1,5 @@
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -54,6 +54,11 @@ def test_places_of_what_is_held_lie_one_after_another() -> None:
     assert chunks.places([]) == {}
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    second: Any
+
+
 @dataclass
 class Nested:
     x: Tensor
@@ -64,7 +69,8 @@ class Nested:
 def test_cut_takes_rows_of_all_that_has_rows() -> None:
     x, y = torch.arange(12.0).view(6, 2), torch.arange(6)
     weights, scalar = torch.ones(3), torch.tensor(2.0)
-    batch = {"x": x, "more": (y, [weights, scalar]), "nested": Nested(x, [y], "a"), "texts": ["a"] * 6, "n": 6}
+    batch = {"x": x, "more": (y, [weights, scalar]), "nested": Nested(x, [y], "a"), "texts": [*"abcdef"], "n": 6}
+    batch["pair"], batch["few"] = Pair(x, ("a",) * 6), ["a", "b"]
     part = cut(batch, 2, 5)
     assert torch.equal(part["x"], x[2:5])
     assert torch.equal(part["more"][0], y[2:5])
@@ -72,7 +78,10 @@ def test_cut_takes_rows_of_all_that_has_rows() -> None:
     assert part["more"][1][1] is scalar
     assert torch.equal(part["nested"].x, x[2:5])
     assert torch.equal(part["nested"].y[0], y[2:5])
-    assert (part["nested"].name, part["texts"], part["n"]) == ("a", ["a"] * 6, 6)
+    assert (part["nested"].name, part["texts"], part["n"]) == ("a", ["c", "d", "e"], 6)
+    assert isinstance(part["pair"], Pair)
+    assert torch.equal(part["pair"].first, x[2:5])
+    assert (part["pair"].second, part["few"]) == (("a",) * 3, ["a", "b"])
     assert torch.equal(batch["nested"].x, x)  # what was cut is as before
     assert batch_size(batch) == 6
     assert len(cut(x, 3, 3)) == 0

@@ -317,7 +317,7 @@ def test_search_sorts_and_keeps_to_its_bounds() -> None:
     assert {dict(params)["s"] for scheme, params in tried if scheme == "gc"} == set(range(6))
     windows = {(p["B"], p["W"]) for scheme, params in tried if scheme == "m_sgc" for p in [dict(params)]}
     assert windows == {(1, 2), (1, 3)}
-    assert {p["lam"] for scheme, params in tried if scheme == "m_sgc" for p in [dict(params)]} == set(range(7))
+    assert {p["lam"] for scheme, params in tried if scheme == "m_sgc" for p in [dict(params)]} == set(range(1, 7))
     best = runs[0]
     again = simulate(best.scheme, profile, 30, carry_over=True, **best.params)
     assert again.total_s == best.total_s
