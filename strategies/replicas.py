@@ -200,6 +200,10 @@ class ReplicaStrategy(UnwrappedStrategy):
         return output
 
     @override
+    def on_train_start(self) -> None:
+        self._give_back_local()  # of a trial fit that was done, such as the learning rate finder's
+
+    @override
     def on_validation_start(self) -> None:
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             self._show_shared()
@@ -339,6 +343,8 @@ class ReplicaStrategy(UnwrappedStrategy):
                 " its weights"
             ) from error
         super().load_optimizer_state_dict({"optimizer_states": optimizers})
+        if self._module.trainer.fit_loop.done:  # nothing is left to train, and Lightning calls no hook any more
+            self._show_shared()
 
     def _load_state(self, state: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Any:
         """Restores the rule and this worker's values; returns the states of its optimizers."""
