@@ -23,7 +23,6 @@ from fsspec.implementations.local import LocalFileOpener
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from packaging.version import Version
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from typing_extensions import override
@@ -64,8 +63,8 @@ class Case:
     devices: int = 2
     tolerance: float = 0.0
 
-    def strategy(self, start_method: str = "fork") -> UnwrappedStrategy:
-        return self.kind(start_method=start_method, timeout=TIMEOUT)
+    def strategy(self, **options: Any) -> UnwrappedStrategy:
+        return self.kind(**{"start_method": "fork", "timeout": TIMEOUT, **options})
 
 
 IN_EPOCHS: dict[str, Any] = {"max_steps": 16, "val_check_interval": 5, "limit_val_batches": 1}
@@ -219,8 +218,8 @@ def draw(number: int, folder: Path, devices: int) -> Point:
 
 def exit_codes(strategy: UnwrappedStrategy) -> list[int | None]:
     """Of its processes by rank; None for one that is left."""
-    assert isinstance(strategy.launcher, _MultiProcessingLauncher)
-    return [process.exitcode for process in strategy.launcher.procs]
+    launcher: Any = strategy.launcher
+    return [process.exitcode for process in launcher.procs]
 
 
 def killed_at(point: Point, case: Case, folder: Path, checkpoints: Path) -> None:
@@ -285,12 +284,14 @@ class Terminated(Callback):
 SCRIPT = """
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from tests.strategies.test_faults import CASES, Terminated, run
 
 case, folder = CASES[sys.argv[1]], Path(sys.argv[2])
 case = replace(case, saves={"save_on_exception": True, **case.saves})
-run(case, folder / "terminated", folder / "checkpoints", Terminated(folder), strategy=case.strategy("popen"))
+strategy = case.strategy(start_method="popen", timeout=timedelta(minutes=9))  # the other processes import first
+run(case, folder / "terminated", folder / "checkpoints", Terminated(folder), strategy=strategy)
 """
 
 
@@ -302,7 +303,7 @@ def test_sigterm_saves_in_model_checkpoint(name: str, undisturbed: Callable[[str
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(script), name, str(tmp_path)]
-    subprocess.run(command, env=environment, timeout=170, check=False, capture_output=True)
+    subprocess.run(command, env=environment, timeout=600, check=False, capture_output=True)
     (note,) = {(tmp_path / f"note{rank}").read_text() for rank in range(case.devices)}
     path = newest(checkpoints)
     assert path is not None
