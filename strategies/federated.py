@@ -501,7 +501,7 @@ class FederatedStrategy(ReplicaStrategy):
                 )
         self._round = state["round"]
         self._server.load_state_dict(state["server"])
-        self._states.load(client_folder(self._restored_from), state["clients"])
+        self._states.load(client_folder(self._restored_from), self._round, state["clients"])
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -510,12 +510,18 @@ class FederatedStrategy(ReplicaStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Writes the clients' states beside the checkpoint, each from its owner, and then the checkpoint."""
-        if "optimizer_states" in checkpoint and self._object_group is not None:
-            self._states.save(client_folder(filepath))
-            if self._states.touched:
-                self.barrier()  # a checkpoint that exists is whole
+        """Writes the clients' states beside the checkpoint, each from its owner, and then the checkpoint.
+
+        Whenever a process dies, a checkpoint that exists is whole, also one that was to be overwritten.
+        """
+        folder = client_folder(filepath)
+        has_states = "optimizer_states" in checkpoint and self._object_group is not None and self._states.touched
+        if has_states:
+            self._states.save(folder, self._round)
+            self.barrier()
         super().save_checkpoint(checkpoint, filepath, storage_options)
+        if has_states and self.is_global_zero:
+            self._states.forget_others(folder, self._round)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

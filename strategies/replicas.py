@@ -200,6 +200,10 @@ class ReplicaStrategy(UnwrappedStrategy):
         return output
 
     @override
+    def on_train_start(self) -> None:
+        self._give_back_local()  # of a trial fit that was done, such as the learning rate finder's
+
+    @override
     def on_validation_start(self) -> None:
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             self._show_shared()
@@ -330,6 +334,20 @@ class ReplicaStrategy(UnwrappedStrategy):
             )
             super().load_optimizer_state_dict(checkpoint)
             return
+        try:
+            optimizers = self._load_state(state, checkpoint)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"the checkpoint's state under {self.checkpoint_key!r} is not one of {type(self).__name__} for this"
+                f" module ({type(error).__name__}: {error}): resume from another checkpoint, or start anew from"
+                " its weights"
+            ) from error
+        super().load_optimizer_state_dict({"optimizer_states": optimizers})
+        if self._module.trainer.fit_loop.done:  # nothing is left to train, and Lightning calls no hook any more
+            self._show_shared()
+
+    def _load_state(self, state: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Any:
+        """Restores the rule and this worker's values; returns the states of its optimizers."""
         workers = state["workers"]
         same = len(workers) == self.num_workers
         mine = workers[self.worker % len(workers)] if workers else {"optimizers": checkpoint["optimizer_states"]}
@@ -343,7 +361,7 @@ class ReplicaStrategy(UnwrappedStrategy):
                     f"the checkpoint holds the state of {len(workers)} workers and the run has {self.num_workers}:"
                     " all start from the shared weights, and the run does not go on bit for bit"
                 )
-        super().load_optimizer_state_dict({"optimizer_states": mine["optimizers"]})
+        return mine["optimizers"]
 
 
 def to_cpu(state: Any) -> Any:

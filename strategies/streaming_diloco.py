@@ -161,6 +161,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         # Not in `setup`: the estimate loads the training data, and a stateful loader would miss its state from a
         # checkpoint, which Lightning hands over between the two.
         trainer = self._module.trainer

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from fulgurite.plugins.comm.collectives import broadcast_
+from fulgurite.plugins.reading import reading
 from fulgurite.strategies._lightning import detach_sigterm, stop_on_sigterm, validates_by_time
 
 
@@ -155,6 +156,11 @@ class UnwrappedStrategy(DDPStrategy):
     def teardown(self) -> None:
         self._restore_sigterm.close()
         super().teardown()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with reading(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     # ---- SIGTERM -----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fulgurite.plugins.reading import reading
+
 _ALIGNMENT = 16  # bytes: a view of another type must start at a multiple of its size
 
 Layout = list[tuple[torch.Size, torch.dtype]]
@@ -92,31 +94,44 @@ class ClientStates:
             if self.owner(client) == self.rank:
                 yield client, _unpack(self._owned[client], self._layout)
 
-    def save(self, folder: str) -> None:
-        """Writes ``<client>.pt``, a list of tensors, for each client that this rank owns; ``folder`` may be a URL."""
+    def save(self, folder: str, round: int) -> None:
+        """Writes ``<client>-<round>.pt``, a list of tensors, for each client of this rank; ``folder`` may be a URL.
+
+        What an earlier checkpoint of the same name has there stays whole, until ``forget_others``.
+        """
         filesystem, path = fsspec.core.url_to_fs(folder)
         for client, tensors in self.owned():
             filesystem.makedirs(path, exist_ok=True)
-            with filesystem.open(f"{path}/{client}.pt", "wb") as file:
+            with filesystem.open(f"{path}/{client}-{round}.pt", "wb") as file:
                 torch.save(tensors, file)
 
-    def load(self, folder: str, clients: Iterable[int]) -> None:
+    @staticmethod
+    def forget_others(folder: str, round: int) -> None:
+        """Removes the files of other rounds: the checkpoint that they belonged to has been overwritten."""
+        filesystem, path = fsspec.core.url_to_fs(folder)
+        for name in filesystem.ls(path, detail=False) if filesystem.exists(path) else ():
+            if not name.endswith(f"-{round}.pt"):
+                filesystem.rm(name)
+
+    def load(self, folder: str, round: int, clients: Iterable[int]) -> None:
         """Reads what ``save`` wrote, whatever the number of ranks was; ``clients`` are all that have tensors.
 
         Raises:
             FileNotFoundError: a client's file is not there.
+            OSError: a client's file cannot be read.
         """
         self.touched = set(clients)
         filesystem, path = fsspec.core.url_to_fs(folder)
         for client in self.touched:
             if self.owner(client) != self.rank:
                 continue
-            if not filesystem.exists(f"{path}/{client}.pt"):
+            name = f"{client}-{round}.pt"
+            if not filesystem.exists(f"{path}/{name}"):
                 raise FileNotFoundError(
-                    f"the checkpoint's client state {folder}/{client}.pt is missing: copy the folder that ends in"
+                    f"the checkpoint's client state {folder}/{name} is missing: copy the folder that ends in"
                     " `.clients` along with the checkpoint"
                 )
-            with filesystem.open(f"{path}/{client}.pt", "rb") as file:
+            with reading(f"{folder}/{name}"), filesystem.open(f"{path}/{name}", "rb") as file:
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
             self._layout = self._layout or [(tensor.shape, tensor.dtype) for tensor in tensors]
             self._open_rows()

@@ -106,7 +106,7 @@ def test_a_checkpoint_is_plain_and_its_states_go_with_it(tmp_path: Path) -> None
     assert rule["num_clients"] == 7
     assert checkpoint["optimizer_states"][0]["state"] == {}
     files = sorted(path.name for path in (tmp_path / "epoch=3.ckpt.clients").iterdir())
-    assert files == sorted(f"{client}.pt" for client in rule["clients"])
+    assert files == sorted(f"{client}-4.pt" for client in rule["clients"])
     duals = torch.load(tmp_path / "epoch=3.ckpt.clients" / files[0], weights_only=True)
     shapes = [tuple(parameter.shape) for parameter in Stochastic(make_optimizer=fedspeed).parameters()]
     assert [tuple(dual.shape) for dual in duals] == shapes
@@ -160,8 +160,8 @@ def test_other_clients_are_refused(change: dict[str, Any], message: str, tmp_pat
 def test_missing_states_are_named(tmp_path: Path) -> None:
     alone: dict[str, Any] = {"partition": whole_batches(7), "server_optimizer": FedSpeedServer}
     run(tmp_path, FederatedStrategy(**alone), 1, saves=Saves(tmp_path))
-    (tmp_path / "epoch=0.ckpt.clients" / "3.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"epoch=0.ckpt.clients/3.pt is missing"):
+    (tmp_path / "epoch=0.ckpt.clients" / "3-1.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"epoch=0.ckpt.clients/3-1.pt is missing"):
         run(tmp_path, FederatedStrategy(**alone), 2, ckpt_path=tmp_path / "epoch=0.ckpt")
 
 

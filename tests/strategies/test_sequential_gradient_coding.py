@@ -25,7 +25,7 @@ from torchmetrics import MeanMetric
 
 from fulgurite.plugins.comm.straggler_sim import DelayProfile, search
 from fulgurite.strategies import SequentialGradientCodingStrategy
-from tests.suites.fits import assert_same, fit
+from tests.suites.fits import assert_same, fit, make
 from tests.suites.models import WIDTH, Normalised, Regressor, Scheduled, dataset, sgd
 
 BATCH = 24
@@ -588,6 +588,7 @@ TERMINATED = """
 import os, signal, sys
 from pathlib import Path
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from fulgurite.strategies import SequentialGradientCodingStrategy
 from tests.suites.fits import fit, make
 
@@ -600,11 +601,12 @@ class Terminated(Callback):
         note = f"{type(exception).__name__} {trainer.global_step}"
         Path(sys.argv[1], f"rank{trainer.global_rank}").write_text(note)
 
-fit(Path(sys.argv[1], "run"), make(twins=True), SequentialGradientCodingStrategy(s=1), 3, 40, callbacks=[Terminated()])
+callbacks = [Terminated(), OnExceptionCheckpoint(sys.argv[1], "last")]
+fit(Path(sys.argv[1], "run"), make(twins=True), SequentialGradientCodingStrategy(s=1), 3, 40, callbacks=callbacks)
 """
 
 
-def test_sigterm_to_one_process_ends_all_in_the_same_step(tmp_path: Path) -> None:
+def test_sigterm_to_one_process_ends_all_in_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TERMINATED)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -612,6 +614,10 @@ def test_sigterm_to_one_process_ends_all_in_the_same_step(tmp_path: Path) -> Non
     subprocess.run(command, env=environment, timeout=100, check=False, capture_output=True)
     (ended,) = {Path(tmp_path, f"rank{rank}").read_text() for rank in range(3)}
     assert ended in ("SIGTERMException 8", "SIGTERMException 9")  # the round that the signal meets may be ending
+    path = tmp_path / "last.ckpt"
+    resumed = fit(tmp_path / "on", make(twins=True), coded(**GC), 3, 40, ckpt_path=path)
+    whole = fit(tmp_path / "whole", make(twins=True), coded(**GC), 3, 40)
+    assert_same(resumed.read(0)["local"], whole.read(0)["local"], 1e-5)
 
 
 # ---- afterwards ------------------------------------------------------------------------------------------------------

@@ -87,6 +87,15 @@ def test_a_checkpoint_saved_after_the_fit_holds_each_worker(tmp_path: Path) -> N
     fit(tmp_path / "resumed", make(), streaming(**SETTING), 2, 32, ckpt_path=path, callbacks=[Start()])
 
 
+def test_a_finished_fit_that_is_resumed_leaves_the_shared_weights(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=SAVED_AT)
+    finished, resumed = make(), make()
+    fit(tmp_path / "run", finished, streaming(**SETTING), max_steps=SAVED_AT, callbacks=[checkpoint])
+    path = tmp_path / f"step={SAVED_AT}.ckpt"
+    fit(tmp_path / "resumed", resumed, streaming(**SETTING), max_steps=SAVED_AT, ckpt_path=path)
+    assert_same(resumed.state_dict(), finished.state_dict())
+
+
 @pytest.mark.parametrize(("devices", "worker_state"), [(3, "gather"), (1, "gather"), (2, "none")])
 def test_elastic_resume_starts_from_the_shared_weights(tmp_path: Path, devices: int, worker_state: str) -> None:
     path = tmp_path / "saved.ckpt"

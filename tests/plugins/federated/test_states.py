@@ -69,7 +69,7 @@ def test_a_file_costs_what_its_clients_touched(tmp_path: Path) -> None:
 
 def restore(rank: int, folder: str) -> list[Any]:
     states = ClientStates(6, rank, 2)
-    states.load(folder, [2])
+    states.load(folder, 1, [2])
     states.borrow([[], [2]])  # rank 1 has seen no shapes yet
     held = states[2] if rank == 1 else []
     assert held is not None
@@ -82,7 +82,26 @@ def test_saved_states_reach_another_rank_of_another_world(tmp_path: Path) -> Non
     states.borrow([[2]])
     states[2] = tensors(2, 7)
     states.give_back([[2]])
-    states.save(folder)
+    states.save(folder, 1)
     torch.testing.assert_close(in_processes(2, restore, folder)[1], tensors(2, 7), rtol=0, atol=0)
-    with pytest.raises(FileNotFoundError, match=r"3\.pt is missing: copy the folder"):
-        states.load(folder, [2, 3])
+    with pytest.raises(FileNotFoundError, match=r"3-1\.pt is missing: copy the folder"):
+        states.load(folder, 1, [2, 3])
+
+
+def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "of.ckpt.clients"
+    folder.mkdir()
+    (folder / "2-1.pt").write_bytes(b"PK")
+    with pytest.raises(OSError, match=r"of\.ckpt\.clients/2-1\.pt cannot be read: if a crash has cut it short"):
+        ClientStates(6).load(str(folder), 1, [2])
+
+
+def test_files_of_another_round_stay_until_they_are_to_go(tmp_path: Path) -> None:
+    states = ClientStates(6)
+    states[2] = tensors(2, 7)
+    states.give_back([[2]])
+    for number in (9, 19):
+        states.save(str(tmp_path), number)
+    assert {path.name for path in tmp_path.iterdir()} == {"2-9.pt", "2-19.pt"}
+    states.forget_others(str(tmp_path), 9)
+    assert {path.name for path in tmp_path.iterdir()} == {"2-9.pt"}
