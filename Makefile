@@ -20,7 +20,7 @@ types: links
 	$(BIN)/mypy
 links: $(VENV)/.ready # mypy and mkdocstrings read the packages through links, not through the import hook
 	mkdir -p build/types/fulgurite
-	for root in strategies callbacks plugins; do ln -sfn "../../../$$root" "build/types/fulgurite/$$root"; done
+	for root in commands strategies callbacks plugins; do ln -sfn "../../../$$root" "build/types/fulgurite/$$root"; done
 docs: links
 	$(BIN)/mkdocs build --strict
 bench: $(VENV)/.ready
