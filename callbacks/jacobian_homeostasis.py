@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from fulgurite.callbacks.requirements import require_whole_parameters
+from fulgurite.callbacks.requirements import require_whole_backward, require_whole_parameters
 from fulgurite.plugins.equilibrium import Backward, EquilibriumLayer, attach_loss, homeostatic_loss, jacobian_symmetry
 from fulgurite.plugins.equilibrium.homeostasis import MAX_JACOBIAN, Estimator, check_estimator
 from fulgurite.plugins.seeds import derived_seed
@@ -91,6 +91,8 @@ class JacobianHomeostasis(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             require_whole_parameters(self, trainer)
+            remedy = '`strategy="ddp"`, or add `homeostatic_loss`, a mean over samples, to the loss of your step'
+            require_whole_backward("the penalty of `JacobianHomeostasis`", trainer, remedy)
             self._layers = self._find(pl_module)
             for name, layer in self._layers.items():
                 self._check(name, layer)
