@@ -81,6 +81,7 @@ class JacobianHomeostasis(Callback):
         self.modules = [modules] if isinstance(modules, str) else modules
         self._layers: dict[str, EquilibriumLayer] = {}
         self._hooks: list[RemovableHandle] = []
+        self._own: dict[int, dict[str, Any]] = {}  # attributes of the layers, by id
         self._seed: int | None = None
         self._rank = self._draws = 0
         self._weight: float | None = None  # of the penalty in this batch; None: no penalty
@@ -128,6 +129,7 @@ class JacobianHomeostasis(Callback):
         self._rank = trainer.global_rank
         if self._seed is None:  # else a checkpoint brought it
             self._seed = trainer.strategy.broadcast(torch.initial_seed())
+        self._own = {id(layer): vars(layer) for layer in self._layers.values()}
         self._hooks = [layer.register_forward_hook(self._penalise) for layer in self._layers.values()]
 
     @override
@@ -157,7 +159,11 @@ class JacobianHomeostasis(Callback):
                 estimator=self.estimator,
                 generator=torch.Generator(u.device).manual_seed(seed),
             )
-        self._calls.append(_Call(layer, u[:SYMMETRY_SAMPLES], x[:SYMMETRY_SAMPLES], layer.last_residual, loss.detach()))
+        if (
+            vars(layer) is self._own[id(layer)]
+        ):  # else in a block of `quiet`, as an attack on the inputs: not to be logged
+            parts = u[:SYMMETRY_SAMPLES], x[:SYMMETRY_SAMPLES]
+            self._calls.append(_Call(layer, *parts, layer.last_residual, loss.detach()))
         return attach_loss(out, loss, self._weight) if self.coef > 0 else None
 
     @override

@@ -16,7 +16,13 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
-from fulgurite.callbacks import CoherentGradients, GradientCoherence, HessianSpectrum, JacobianHomeostasis
+from fulgurite.callbacks import (
+    CoherentGradients,
+    CurvatureBatches,
+    GradientCoherence,
+    HessianSpectrum,
+    JacobianHomeostasis,
+)
 from fulgurite.plugins.comm.outer import OuterSGD
 from fulgurite.plugins.equilibrium import DenseField, EquilibriumLayer
 from fulgurite.plugins.federated import PGD
@@ -109,8 +115,8 @@ def federated(**options: Any) -> FederatedStrategy:
 
 
 def adversarial(**options: Any) -> FederatedStrategy:
-    attack = PGD(eps=0.1, steps=2, clip=None)
-    return FederatedAdversarialStrategy(attack=attack, **{"num_clients": 3, "start_method": "fork", **options})
+    given = {"attack": PGD(eps=0.1, steps=2, clip=None), "num_clients": 3, "start_method": "fork"}
+    return FederatedAdversarialStrategy(**given | options)
 
 
 def coded(**options: Any) -> SequentialGradientCodingStrategy:
@@ -138,6 +144,12 @@ def coherence(**options: Any) -> GradientCoherence:
         (coded, make, [partial(CoherentGradients, "m3")], "CoherentGradients.*SequentialGradient.*rm3"),
         (coded, partial(built, Settling), [JacobianHomeostasis], "JacobianHomeostasis.*add `homeostatic_loss`"),
         (coded, partial(make, GradientRegularizedNewton), [], "GradientRegularizedNewton.*another optimizer"),
+        (
+            adversarial,
+            partial(make, GradientRegularizedNewton),
+            [CurvatureBatches],
+            "CurvatureBatches.*FederatedAdversarialStrategy.*remove it",
+        ),
         (streaming, make, [partial(CoherentGradients, "winsorize")], "winsorize.*2 processes: use one of each"),
         (streaming, partial(built, Dale), [], "ExponentiatedGradient keeps the signs.*set `outer_momentum=0`"),
         (
@@ -300,6 +312,39 @@ def test_fedspeed_under_attack_is_the_same_on_one_process_and_two(tmp_path: Path
         return dict(module.named_parameters())
 
     assert_same(ends(2), ends(1), tolerance=1e-5)
+
+
+NEGLIGIBLE = PGD(eps=1e-9, steps=2, clip=None)
+
+
+def test_the_steps_of_an_attack_are_no_part_of_coherence(tmp_path: Path) -> None:
+    def measured(strategy: Strategy) -> list[float]:
+        module = make(sgd, twins=True, batches=6)
+        callbacks = [coherence(), History()]
+        fit(tmp_path, module, strategy, devices=1, callbacks=callbacks, max_steps=-1, max_epochs=1)
+        return [event["alpha_m"] for event in history(0)]
+
+    assert measured(adversarial(attack=NEGLIGIBLE)) == pytest.approx(measured(federated()), rel=1e-5)
+
+
+def test_the_steps_of_an_attack_are_no_part_of_winsorized_gradients(tmp_path: Path) -> None:
+    def ends(strategy: Strategy) -> dict[str, Tensor]:
+        module = make(sgd, twins=True, batches=6)
+        callbacks = [CoherentGradients("winsorize", 0.3)]
+        fit(tmp_path, module, strategy, devices=1, callbacks=callbacks, max_steps=-1, max_epochs=1)
+        return dict(module.named_parameters())
+
+    assert_same(ends(adversarial(attack=NEGLIGIBLE)), ends(federated()), tolerance=1e-6)
+
+
+def test_the_steps_of_an_attack_are_no_part_of_the_homeostatic_loss(tmp_path: Path) -> None:
+    def measured(strategy: Strategy) -> float:
+        callbacks = [JacobianHomeostasis(estimator="exact"), Metrics()]
+        module = built(Settling, twins=True, batches=6)
+        fit(tmp_path, module, strategy, devices=1, callbacks=callbacks, max_steps=-1, max_epochs=1)
+        return float(metrics()["homeostasis/loss"])
+
+    assert measured(adversarial(attack=NEGLIGIBLE)) == pytest.approx(measured(federated()), rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", [GradientRegularizedNewton, partial(ExponentiatedGradient, zeros="keep")])
