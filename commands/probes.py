@@ -31,6 +31,10 @@ from fulgurite.plugins.optim import (
     dale_groups,
 )
 
+_QUIET: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
+_QUIET |= {"max_epochs": 2, "num_sanity_val_steps": 0}
 _OURS = tuple(f"{Path(str(package.__file__)).parent}/" for package in (fulgurite.strategies, callbacks, plugins))
 
 
@@ -143,11 +147,14 @@ ROWS = (
     Row("`accumulate_grad_batches`", trainer={"accumulate_grad_batches": 4}),
     Row("`gradient_clip_val`", trainer={"gradient_clip_val": 0.1}),
     Row("`torch.compile`", compiled=True),
-    Row("manual optimization", {"by_hand": 1}),
-    Row("several optimizers", {"by_hand": 2}),
+    Row("manual optimization", {"by_hand": 1}, {"accumulate_grad_batches": 1}),
+    Row("several optimizers", {"by_hand": 2}, {"accumulate_grad_batches": 1}),
     Row("iterable dataset", {"streams": True}),
     Row("`GradientCoherence`", callback=lambda: callbacks.GradientCoherence(1, figure=False)),
-    Row('`GradientCoherence(source="fixed")`', callback=lambda: callbacks.GradientCoherence(1, source="fixed")),
+    Row(
+        '`GradientCoherence(source="fixed")`',
+        callback=lambda: callbacks.GradientCoherence(1, source="fixed", figure=False),
+    ),
     Row('`CoherentGradients("winsorize")`', callback=lambda: callbacks.CoherentGradients("winsorize")),
     Row('`CoherentGradients("rm3")`', callback=lambda: callbacks.CoherentGradients("rm3")),
     Row(
@@ -171,22 +178,22 @@ def probe(row: Row, column: Column) -> tuple[str, str]:
     """What comes of a fit: ``"works"``, ``"refused"`` by our code or Lightning's, ``"fails"`` or ``"untried"``; why."""
     net = Net(**row.net)
     before = [param.detach().clone() for param in net.parameters()]
-    options = {"accelerator": "cpu", "devices": 2, "max_epochs": 2, "num_sanity_val_steps": 0}
-    options |= dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    ) | dict(column.trainer | row.trainer)
     given = row.federated if column.name.startswith("federated") else {}
+    options: dict[str, Any] = {"precision": "32-true", **_QUIET, **column.trainer, **row.trainer}
     try:
         with _silence():
-            trainer = Trainer(
-                strategy=column.make(given), callbacks=[row.callback()] if row.callback else [], **options
-            )
-            if trainer.precision != options.get("precision", "32-true"):
+            watching = [row.callback()] if row.callback else []
+            trainer = Trainer(accelerator="cpu", devices=2, strategy=column.make(given), callbacks=watching, **options)
+            if trainer.precision != options["precision"]:
                 return "untried", f"on a CPU the Trainer takes {trainer.precision} instead"
-            trainer.fit(torch.compile(net, backend="eager") if row.compiled else net)
+            module: Any = torch.compile(net, backend="eager") if row.compiled else net
+            trainer.fit(module)
     except Exception as error:
         return _told(error)
-    moved = any(not torch.equal(param.to(old), old) for param, old in zip(net.parameters(), before, strict=True))
+    after = [param.to(old) for param, old in zip(net.parameters(), before, strict=True)]
+    if not all(bool(param.isfinite().all()) for param in after):
+        return "fails", "the fit ended, and not all weights are finite"
+    moved = any(not torch.equal(param, old) for param, old in zip(after, before, strict=True))
     return ("works", "") if moved else ("fails", "the fit ended, and no weight had moved")
 
 
