@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver the CPU build of torch serves as well and is a tenth of the size: taken where pip finds one, else pip's default.
 TORCH  ?= $(if $(shell command -v nvidia-smi),,torch==2.13.0+cpu)
 
-.PHONY: demo test quick lint types links docs bench clean
+.PHONY: demo test quick lint types links docs bench compat clean
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 test: lint types
@@ -20,7 +20,7 @@ types: links
 	$(BIN)/mypy
 links: $(VENV)/.ready # mypy and mkdocstrings read the packages through links, not through the import hook
 	mkdir -p build/types/fulgurite
-	for root in strategies callbacks plugins; do ln -sfn "../../../$$root" "build/types/fulgurite/$$root"; done
+	for root in commands strategies callbacks plugins; do ln -sfn "../../../$$root" "build/types/fulgurite/$$root"; done
 docs: links
 	$(BIN)/mkdocs build --strict
 bench: $(VENV)/.ready
@@ -34,6 +34,11 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/jacobian_homeostasis.py
 	$(BIN)/python benchmarks/exponentiated_gradient.py
 	$(BIN)/python benchmarks/sequential_gradient_coding.py
+	$(BIN)/python benchmarks/refresh.py
+compat: $(VENV)/.ready # which method goes with what, tried anew, into docs/compatibility.md
+	mkdir -p build
+	$(BIN)/fulgurite compat --json > build/compatibility.json
+	mv build/compatibility.json benchmarks/results/compatibility.json
 	$(BIN)/python benchmarks/refresh.py
 clean:
 	rm -rf build $(VENV)

@@ -5,7 +5,8 @@ A number in the text stands between two comments, which no rendered page shows::
     <!-- result: streaming_diloco.json#wire.ratio.median .0f -->152<!-- /result -->
 
 That is ``wire.ratio.median`` of ``benchmarks/results/streaming_diloco.json`` (a number between dots indexes a list),
-formatted by the Python format specification ``.0f``. ``tests/test_readme.py`` fails where the text says otherwise.
+formatted by the Python format specification ``.0f``. Between ``<!-- compatibility -->`` and its end stands the table of
+``compatibility.json``. ``tests/test_readme.py`` fails where the text says otherwise.
 """
 
 import json
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fulgurite.commands.compatibility import render as table_of
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OPENING = "<!-- result:"
@@ -21,6 +24,7 @@ SPAN = re.compile(
     r"(?P<opening><!-- result: (?P<file>[\w./-]+\.json)#(?P<path>\S+) (?P<spec>\S+) -->)"
     r"(?P<value>[^<\n]*)(?P<closing><!-- /result -->)"
 )
+TABLE = re.compile(r"(?<=<!-- compatibility -->\n).*?(?=<!-- /compatibility -->)", re.DOTALL)
 
 
 def documents(root: Path = ROOT) -> list[Path]:
@@ -48,7 +52,11 @@ def render(text: str, results: Path = RESULTS) -> str:
         raise ValueError(
             f"not of the form '{OPENING} FILE.json#path.to.value FORMAT -->VALUE<!-- /result -->': {broken}"
         )
-    return rendered
+    return TABLE.sub(lambda table: _table(results), rendered)
+
+
+def _table(results: Path) -> str:
+    return f"\n{table_of(json.loads((results / 'compatibility.json').read_text()))}\n\n"
 
 
 def stale(text: str, results: Path = RESULTS) -> Iterator[str]:
@@ -56,6 +64,8 @@ def stale(text: str, results: Path = RESULTS) -> Iterator[str]:
     for old, new in zip(SPAN.finditer(text), SPAN.finditer(render(text, results)), strict=True):
         if old["value"] != new["value"]:
             yield f"{old['opening']} is {new['value']}, the text says {old['value']}"
+    if any(table != _table(results) for table in TABLE.findall(text)):
+        yield "the table of compatibility.json is another one"
 
 
 def _look_up(node: Any, path: str) -> Any:

@@ -14,7 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from fulgurite.callbacks.requirements import matching_parameters, patterns_of, require_whole_parameters
+from fulgurite.callbacks.requirements import (
+    averaging_group,
+    matching_parameters,
+    patterns_of,
+    require_whole_backward,
+    require_whole_parameters,
+)
 from fulgurite.plugins.linalg import Uses, example_gradients
 from fulgurite.plugins.optim.coherent_gradients import median_of_three, winsorized_mean
 
@@ -69,6 +75,8 @@ class CoherentGradients(Callback):
             raise MisconfigurationException(
                 "`CoherentGradients` replaces gradients between the backward and the step: use automatic optimization"
             )
+        if self.rule != "rm3":
+            require_whole_backward(f'`CoherentGradients("{self.rule}")`', trainer, 'use "rm3", or `strategy="ddp"`')
         accumulate, ranks = trainer.accumulate_grad_batches, trainer.world_size
         if self.rule == "winsorize" and (accumulate > 1 or ranks > 1):
             raise MisconfigurationException(
@@ -135,7 +143,7 @@ class CoherentGradients(Callback):
                 _grad(param).copy_(parts[0][name] / scale)
         elif whole and not self._by_ranks(trainer):
             for name, param in chosen:
-                first, second = (trainer.strategy.reduce(part[name] / scale, reduce_op="mean") for part in parts)
+                first, second = (self._mean(trainer, part[name] / scale) for part in parts)
                 total = _grad(param)
                 total.copy_(3 * median_of_three(first, second - first, total - second))
 
@@ -150,6 +158,11 @@ class CoherentGradients(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._past = state_dict["past"]
+
+    def _mean(self, trainer: Trainer, part: Tensor) -> Tensor:
+        """Over the ranks whose mean the gradient is."""
+        group = averaging_group(trainer)
+        return part if group is None else trainer.strategy.reduce(part, group, reduce_op="mean")
 
     def _by_ranks(self, trainer: Trainer) -> bool:
         return self.rule == "m3" and trainer.accumulate_grad_batches % 3 != 0

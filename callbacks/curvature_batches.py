@@ -23,7 +23,7 @@ class CurvatureBatches(Callback):
 
     Raises:
         MisconfigurationException: with another optimizer, with several, with gradient clipping or manual optimization;
-            where ``subsample`` can never take a part of the micro-batches.
+            under a strategy that attacks the inputs; where ``subsample`` can never take a part of the micro-batches.
     """
 
     def __init__(self) -> None:
@@ -36,6 +36,11 @@ class CurvatureBatches(Callback):
         kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
         if kinds != [GradientRegularizedNewton.__name__]:
             raise MisconfigurationException(f"`CurvatureBatches` is for one GradientRegularizedNewton, got {kinds}")
+        if getattr(trainer.strategy, "attack", None) is not None:
+            raise MisconfigurationException(
+                f"`CurvatureBatches` keeps batches as they are loaded, and {type(trainer.strategy).__name__} trains on "
+                "attacked ones: remove it, a step is then of what it trains on"
+            )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "`CurvatureBatches` needs automatic optimization: remove it, and log `optimizer.metrics` yourself"

@@ -13,16 +13,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from fulgurite.callbacks.figures import log_figure
 from fulgurite.callbacks.logs import log_now
 from fulgurite.callbacks.requirements import (
+    averaging_group,
     matching_parameters,
     patterns_of,
     require_matplotlib,
+    require_whole_backward,
     require_whole_parameters,
 )
 from fulgurite.callbacks.training_batches import to_device, training_batches
@@ -119,6 +120,9 @@ class GradientCoherence(Callback):
                 '`source="fixed"` runs `training_step` once more, and one that steps its optimizers itself would '
                 'train: use `source="train_batch"`'
             )
+        if self.source == "train_batch":
+            what = '`GradientCoherence(source="train_batch")`'
+            require_whole_backward(what, trainer, 'use `source="fixed"`, which makes a pass of its own')
         if self.source == "train_batch" and _compiled(pl_module):
             raise MisconfigurationException(
                 "`GradientCoherence` watches modules at work, and compiled ones cannot be watched: set "
@@ -167,7 +171,10 @@ class GradientCoherence(Callback):
                 "optimization with several losses"
             )
         self._open.close()
-        self._event.add(self._norms, pl_module)
+        if self._norms:
+            self._event.add(self._norms, pl_module)
+        elif not self._event.passes:  # no module had a part in it: a process of a federation that waits for others
+            self._event = None
         self._norms = None
 
     @override
@@ -232,8 +239,9 @@ class GradientCoherence(Callback):
                 if norms:
                     event.add(norms, pl_module)
             if _ranks(trainer) > 1:
-                for name in event.gradients:
-                    event.gradients[name] = trainer.strategy.reduce(event.gradients[name], reduce_op="sum")
+                group = averaging_group(trainer)
+                for name, gradient in event.gradients.items():
+                    event.gradients[name] = trainer.strategy.reduce(gradient, group, reduce_op="sum")
         if event.passes:
             self._finish(trainer, pl_module, event, _ranks(trainer) * event.passes)
         else:
@@ -277,7 +285,7 @@ class GradientCoherence(Callback):
         squares = torch.stack([event.squares.get(name, zero).cpu() for name in self._only])
         if _ranks(trainer) > 1:
             numbers = torch.cat([counts, seen, squares]).to(pl_module.device)
-            numbers = trainer.strategy.reduce(numbers, reduce_op="sum").cpu()
+            numbers = trainer.strategy.reduce(numbers, averaging_group(trainer), reduce_op="sum").cpu()
             counts, seen, squares = numbers.split([3, len(seen), len(squares)])
         m, norms, coupled = counts.tolist()
         found = zip(self._only, seen.tolist(), squares.tolist(), strict=True)
@@ -370,8 +378,9 @@ def layers_figure(history: list[dict[str, Any]]) -> "Figure":
 
 
 def _ranks(trainer: Trainer) -> int:
-    """The processes over which the gradients are a mean; 1 where each keeps its own."""
-    return trainer.world_size if isinstance(trainer.strategy.model, DistributedDataParallel) else 1
+    """How many processes the gradients are a mean over; 1 where each keeps its own."""
+    group = averaging_group(trainer)
+    return 1 if group is None else group.size()
 
 
 def _compiled(module: LightningModule) -> bool:

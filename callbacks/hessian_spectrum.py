@@ -17,13 +17,13 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from fulgurite.callbacks.figures import log_figure
 from fulgurite.callbacks.logs import log_now
 from fulgurite.callbacks.requirements import (
+    averaging_group,
     matching_parameters,
     patterns_of,
     require_matplotlib,
@@ -171,10 +171,12 @@ class HessianSpectrum(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1 and not isinstance(trainer.strategy.model, DistributedDataParallel):
+        group = averaging_group(trainer)
+        if trainer.world_size > 1 and (group is None or group.size() < trainer.world_size):
             raise MisconfigurationException(
-                f"`HessianSpectrum` takes the mean over ranks with equal weights, and {type(trainer.strategy).__name__}"
-                ' does not keep them equal: use `strategy="ddp"` or one process'
+                "`HessianSpectrum` takes the mean over all ranks, at equal weights and of batches that differ, and"
+                f' {type(trainer.strategy).__name__} promises one of the two at most: use `strategy="ddp"` or one'
+                " process, or measure a checkpoint by `fulgurite.plugins.linalg.spectrum`"
             )
         self._chosen(pl_module)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from fulgurite.callbacks.requirements import require_whole_parameters
+from fulgurite.callbacks.requirements import require_whole_backward, require_whole_parameters
 from fulgurite.plugins.equilibrium import Backward, EquilibriumLayer, attach_loss, homeostatic_loss, jacobian_symmetry
 from fulgurite.plugins.equilibrium.homeostasis import MAX_JACOBIAN, Estimator, check_estimator
 from fulgurite.plugins.seeds import derived_seed
@@ -81,6 +81,7 @@ class JacobianHomeostasis(Callback):
         self.modules = [modules] if isinstance(modules, str) else modules
         self._layers: dict[str, EquilibriumLayer] = {}
         self._hooks: list[RemovableHandle] = []
+        self._own: dict[int, dict[str, Any]] = {}  # attributes of the layers, by id
         self._seed: int | None = None
         self._rank = self._draws = 0
         self._weight: float | None = None  # of the penalty in this batch; None: no penalty
@@ -91,6 +92,8 @@ class JacobianHomeostasis(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             require_whole_parameters(self, trainer)
+            remedy = '`strategy="ddp"`, or add `homeostatic_loss`, a mean over samples, to the loss of your step'
+            require_whole_backward("the penalty of `JacobianHomeostasis`", trainer, remedy)
             self._layers = self._find(pl_module)
             for name, layer in self._layers.items():
                 self._check(name, layer)
@@ -126,6 +129,7 @@ class JacobianHomeostasis(Callback):
         self._rank = trainer.global_rank
         if self._seed is None:  # else a checkpoint brought it
             self._seed = trainer.strategy.broadcast(torch.initial_seed())
+        self._own = {id(layer): vars(layer) for layer in self._layers.values()}
         self._hooks = [layer.register_forward_hook(self._penalise) for layer in self._layers.values()]
 
     @override
@@ -155,7 +159,11 @@ class JacobianHomeostasis(Callback):
                 estimator=self.estimator,
                 generator=torch.Generator(u.device).manual_seed(seed),
             )
-        self._calls.append(_Call(layer, u[:SYMMETRY_SAMPLES], x[:SYMMETRY_SAMPLES], layer.last_residual, loss.detach()))
+        if (
+            vars(layer) is self._own[id(layer)]
+        ):  # else in a block of `quiet`, as an attack on the inputs: not to be logged
+            parts = u[:SYMMETRY_SAMPLES], x[:SYMMETRY_SAMPLES]
+            self._calls.append(_Call(layer, *parts, layer.last_residual, loss.detach()))
         return attach_loss(out, loss, self._weight) if self.coef > 0 else None
 
     @override

@@ -4,10 +4,12 @@ import importlib.util
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.nn import Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 
 def require_whole_parameters(callback: Callback, trainer: Trainer) -> None:
@@ -17,6 +19,22 @@ def require_whole_parameters(callback: Callback, trainer: Trainer) -> None:
             f"`{type(callback).__name__}` needs whole parameters on each rank, and {type(trainer.strategy).__name__} "
             'holds pieces: train by `strategy="ddp"`'
         )
+
+
+def require_whole_backward(what: str, trainer: Trainer, remedy: str) -> None:
+    """Refuses strategies that put a step's gradient together from backward passes of their own, as a gradient code."""
+    strategy = type(trainer.strategy)
+    if strategy.backward is not Strategy.backward:
+        raise MisconfigurationException(
+            f"{what} belongs to the backward pass of a whole batch, and {strategy.__name__} makes several, of parts"
+            f" that it weighs and adds up over processes: {remedy}"
+        )
+
+
+def averaging_group(trainer: Trainer) -> dist.ProcessGroup | None:
+    """The processes over which DDP makes gradients a mean; None where each process keeps its own."""
+    model = trainer.strategy.model
+    return model.process_group if isinstance(model, DistributedDataParallel) else None
 
 
 def require_matplotlib(figure: bool) -> None:

@@ -23,6 +23,7 @@ from fulgurite.plugins.federated.deal import Deal
 from fulgurite.plugins.federated.loader import ClientLoader, batch_size_of
 from fulgurite.plugins.federated.rounds import ClientBatchSampler, Turn
 from fulgurite.plugins.federated.states import ClientStates, client_folder
+from fulgurite.plugins.optim.exponentiated_gradient import keeps_signs
 from fulgurite.plugins.optim.federated_optimizer import FederatedOptimizer
 from fulgurite.plugins.optim.fedspeed import check_pair
 from fulgurite.plugins.quiet import quiet
@@ -200,6 +201,7 @@ class FederatedStrategy(ReplicaStrategy):
         buffers = {name: tensor for name, tensor in named.items() if name not in parameters}
         server_optimizer = self.server_optimizer or partial(SGD, lr=1.0)
         self._server = server_optimizer(parameters.values())
+        self._refuse_sign_changes()
         check_pair(self._client, self._server, full_participation=self.sampled_clients == self.num_clients)
         self._names = [*parameters, *buffers]
         kept = buffers if self.buffers == "keep" else {}
@@ -213,6 +215,19 @@ class FederatedStrategy(ReplicaStrategy):
         if self._given is not None:
             self._round, states = self._given
             self._take_over(states)
+
+    def _refuse_sign_changes(self) -> None:
+        """The mean of the clients' weights keeps a sign that they share, and a server that goes beyond it need not."""
+        server = self._server
+        is_mean = isinstance(server, SGD) and all(
+            group["lr"] <= 1 and group["momentum"] == 0 for group in server.param_groups
+        )
+        if keeps_signs(self._client) and not is_mean:
+            raise MisconfigurationException(
+                f"ExponentiatedGradient keeps the signs of weights, and `server_optimizer` {type(server).__name__} may"
+                " go beyond the clients' mean and change them: leave it out, take SGD without momentum and with `lr` at"
+                " most 1, or give the groups of ExponentiatedGradient `hypentropy` above 0"
+            )
 
     def _take_over(self, states: dict[int, list[Tensor]]) -> None:
         for client, tensors in states.items():

@@ -140,6 +140,19 @@ class ReplicaStrategy(UnwrappedStrategy):
         if self._worker_group is not None and wants_sync_batchnorm(self):
             sync_batchnorm_over(self, self._worker_group)
 
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Those that reduce by themselves, such as Newton's method, do so within their worker."""
+        super().setup_optimizers(trainer)
+        over_the_world = [each for each in self.optimizers if getattr(each, "process_group", self) is None]
+        if over_the_world and self.num_workers > 1:
+            group = self._worker_group or self._group_of_one()
+            for optimizer in over_the_world:
+                optimizer.process_group = group  # type: ignore[attr-defined]
+
+    def _group_of_one(self) -> dist.ProcessGroup:
+        return [self.new_group([rank]) for rank in range(self.world_size)][self.global_rank]
+
     # ---- a fit, in the order of Lightning's calls --------------------------------------------------------------------
 
     @override

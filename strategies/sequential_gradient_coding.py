@@ -31,6 +31,7 @@ from fulgurite.plugins.comm.encoding import Code
 from fulgurite.plugins.comm.gradient_codes import make_code
 from fulgurite.plugins.comm.straggler_sim import DelayProfile, InjectedDelays
 from fulgurite.plugins.loaders import with_batches
+from fulgurite.plugins.optim import GradientRegularizedNewton
 from fulgurite.strategies._lightning import wants_sync_batchnorm
 from fulgurite.strategies.chunked_step import ChunkedStep, Job, showing
 from fulgurite.strategies.concurrent_modules import ConcurrentModules
@@ -203,6 +204,11 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
             raise MisconfigurationException(
                 f"`configure_optimizers` gave {len(self.optimizers)} optimizers, and coded rounds serve one: join their"
                 " parameters as groups of one optimizer"
+            )
+        if any(isinstance(optimizer, GradientRegularizedNewton) for optimizer in self.optimizers):
+            raise MisconfigurationException(
+                "GradientRegularizedNewton takes products with the curvature of the loss that its closure computes, and"
+                ' a coded step has a gradient alone: use `strategy="ddp"`, or another optimizer'
             )
 
     @override

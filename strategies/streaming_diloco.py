@@ -17,6 +17,7 @@ from typing_extensions import override
 from fulgurite.plugins.comm.exchange import Exchange, Quantize, Reduction, Rounding, mean_cosine
 from fulgurite.plugins.comm.fragments import Pattern, partition_parameters
 from fulgurite.plugins.comm.outer import OuterFragment, OuterSGD, Pending
+from fulgurite.plugins.optim.exponentiated_gradient import keeps_signs
 from fulgurite.strategies.replicas import ReplicaStrategy
 
 _PROG_BAR = ("diloco/drift", "diloco/wait_seconds")
@@ -145,6 +146,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
 
     @override
     def start(self, trainer: Trainer) -> None:
+        self._refuse_sign_changes()
         self._overlaps = self._overlap_of_each_worker()
         self._names = self._partition()
         parameters = dict(self._module.named_parameters())
@@ -182,6 +184,18 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
                 f"`sync_every` is {self.sync_every} and the run has {steps} optimizer steps: under ten outer steps a"
                 " fragment, in which the outer momentum still swings; lower `sync_every`, or set `outer_lr=1` and"
                 " `outer_momentum=0`"
+            )
+
+    def _refuse_sign_changes(self) -> None:
+        """An outer step is a mean of weights, which keeps a sign that they share, in some settings alone."""
+        if self.outer_momentum == 0 and self.outer_lr <= 1 and self.quantize == "fp32":
+            return
+        if any(keeps_signs(optimizer) for optimizer in self.optimizers):
+            raise MisconfigurationException(
+                "ExponentiatedGradient keeps the signs of weights, and an outer step with `outer_momentum`"
+                f" {self.outer_momentum}, `outer_lr` {self.outer_lr} and `quantize` {self.quantize!r} may go beyond the"
+                " workers' mean and change them: set `outer_momentum=0`, `outer_lr` at most 1 and `quantize='fp32'`, or"
+                " give its groups `hypentropy` above 0"
             )
 
     def _refuse_different_steps(self) -> None:

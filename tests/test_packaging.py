@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("strategies", "callbacks", "plugins")
+PACKAGES = ("commands", "strategies", "callbacks", "plugins")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SHIPPED = {
     f"fulgurite/{path.relative_to(ROOT).as_posix()}"

@@ -94,6 +94,7 @@ class _Watch:
         self.seen = False
         self.examples: int | None = None
         self.replaying = False
+        self.own = {name: vars(part) for name, part in module.named_modules()}
         self.handles = [
             part.register_forward_hook(partial(self._called, name), with_kwargs=True)
             for name, part in module.named_modules()
@@ -118,6 +119,8 @@ class _Watch:
             raise RuntimeError(f"no gradients of single examples for {reasons}. Remedy: {otherwise}")
 
     def _called(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if vars(module) is not self.own[name]:
+            return  # in a block of `quiet` that has begun since, as an attack on the inputs: no part of the step
         # A hook on the result and not on the module: a forward that checkpointing repeats never gets a gradient.
         if not self.replaying and torch.is_grad_enabled() and (result := first_tensor(output)).requires_grad:
             arrived = partial(self._arrived, name, module, args, kwargs)

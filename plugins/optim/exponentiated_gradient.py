@@ -10,6 +10,7 @@ from pytorch_optimizer.base.type import Defaults, ParamGroup, ParamsT
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor, Placement
+from torch.optim import Optimizer
 from typing_extensions import override
 
 Zeros = Literal["error", "keep"]
@@ -105,7 +106,8 @@ class ExponentiatedGradient(BaseOptimizer):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for group in state_dict["param_groups"]:
-            lacking = [f"`{name}`" for name in self.defaults if name != "betas" and name not in group]
+            own = self.defaults.keys() - {"betas", "differentiable"}  # torch adds the latter when a state is loaded
+            lacking = [f"`{name}`" for name in self.defaults if name in own and name not in group]
             if lacking:
                 raise ValueError(
                     f"`state_dict` is of another optimizer than {self}, as a group has no {', '.join(lacking)}: load "
@@ -177,6 +179,13 @@ class ExponentiatedGradient(BaseOptimizer):
                 row = tuple(_local(tensor, p.placements) for tensor in row)
             rows.setdefault((age, p.device, p.dtype), []).append(row)
         return rows
+
+
+def keeps_signs(optimizer: Optimizer) -> bool:
+    """Whether it promises of some weights that they keep their signs."""
+    return isinstance(optimizer, ExponentiatedGradient) and any(
+        group["hypentropy"] == 0 for group in optimizer.param_groups
+    )
 
 
 def dale_groups(module: nn.Module, *, bias_hypentropy: float = 1.0) -> list[dict[str, Any]]:

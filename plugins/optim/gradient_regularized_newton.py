@@ -161,7 +161,9 @@ class GradientRegularizedNewton(BaseOptimizer):
         Raises:
             ValueError: for the state of another optimizer.
         """
-        missing = [name for name in self.defaults if name not in state_dict["param_groups"][0]]
+        # "differentiable" is what torch adds to the defaults when a state is loaded.
+        names = [name for name in self.defaults if name != "differentiable"]
+        missing = [name for name in names if name not in state_dict["param_groups"][0]]
         if missing:
             raise ValueError(
                 f"`state_dict` is of another optimizer, it has no {missing}: load weights alone, `fit` without "

@@ -127,7 +127,8 @@ def test_goes_on_exactly_from_its_state(case: Case, through_a_file: bool) -> Non
         for p, value in zip(second.params, first.params, strict=True):
             p.copy_(value)
     optimizer = case.make(second.params)
-    optimizer.load_state_dict(state)
+    for _ in range(2):  # the first time torch adds to the defaults
+        optimizer.load_state_dict(state)
     assert_same(second.train(optimizer, 5).values(), whole.values())
 
 
