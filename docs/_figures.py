@@ -71,7 +71,9 @@ def curvature(steps: int = 300) -> Figure:
     density.plot(grid, [share for share, _ in below], color=BLUE)
     density.annotate(f"all {size} eigenvalues", (0.42, 0.3), xycoords="axes fraction", color=GREY)
     density.annotate("80 products", (0.42, 0.18), xycoords="axes fraction", color=BLUE)
-    density.set(xscale="log", xlabel="eigenvalue x", ylabel="share of eigenvalues up to x", title="slq: the whole spectrum")
+    density.set(
+        xscale="log", xlabel="eigenvalue x", ylabel="share of eigenvalues up to x", title="slq: the whole spectrum"
+    )
 
     gradient = hessian.gradient
     for shift, colour in ((1e-1, BLUE), (1e-2, ORANGE), (1e-3, GREEN)):
@@ -83,7 +85,13 @@ def curvature(steps: int = 300) -> Figure:
 
         cg(ggn, gradient, shift=shift, stop=keep)
         solve.plot(residuals, color=colour, label=f"shift {shift:g}")
-    solve.set(yscale="log", ylim=(1e-10, 1e4), xlabel="products with the GGN", ylabel="relative residual", title="cg: a linear system")
+    solve.set(
+        yscale="log",
+        ylim=(1e-10, 1e4),
+        xlabel="products with the GGN",
+        ylabel="relative residual",
+        title="cg: a linear system",
+    )
     solve.legend(loc="upper right")
     loss.release()
     return figure
@@ -118,7 +126,9 @@ def flower() -> Figure:
     for bottom, name in ((21, "node 0"), (1, "node 1")):
         box(axes, 62, bottom, 38, 18, name, BLUE, "#eef5fa")
         axes.text(81, bottom + 11, "trains one round, then evaluates", **TEXT)
-        axes.text(81, bottom + 5, "stays here: the data, and the\noptimizer's state between rounds", color=GREEN, **TEXT)
+        axes.text(
+            81, bottom + 5, "stays here: the data, and the\noptimizer's state between rounds", color=GREEN, **TEXT
+        )
     arrow(axes, (26, 26), (61, 33), ORANGE)
     arrow(axes, (61, 28), (26, 22), BLUE)
     arrow(axes, (26, 18), (61, 12), ORANGE)

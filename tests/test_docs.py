@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -66,7 +67,7 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(TensorDataset(*(tensor[:1500] for tensor in digits())), batch_size=32, shuffle=True)
+        return DataLoader(TensorDataset(*(tensor[:1500] for tensor in digits())), batch_size=100, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(TensorDataset(*(tensor[1500:] for tensor in digits())), batch_size=100)
@@ -88,7 +89,7 @@ class ShortTrainer(Trainer):
         elif isinstance(strategy, DDPStrategy):
             strategy._start_method = "fork"
         if "max_steps" in settings:
-            settings["max_steps"] = min(settings["max_steps"], 60)
+            settings["max_steps"] = min(settings["max_steps"], 120)
         else:
             settings["max_epochs"] = min(settings.get("max_epochs", 2), 2)
         super().__init__(**{"accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 1} | settings)
@@ -125,10 +126,20 @@ def train(made: dict[str, Any], names: dict[str, Any]) -> None:
     module = type("Whole", (kind, Classifier), {})() if issubclass(kind, LightningModule) else names["model"]
     if "trainer" in made or (made.get("Model") is kind and issubclass(kind, LightningModule)):
         made.get("trainer", ShortTrainer(max_steps=3)).fit(module)
+    if "optimizer" in made:
+        made["optimizer"].step(names.get("closure", partial(gradient, names["model"], names["batch"])))
     if "layer" in made:
         inputs = 10 if "Ring" in made else 64
         made["layer"](torch.rand(3, inputs)).square().sum().backward()
         assert all(param.grad is not None for param in made["layer"].parameters())
+
+
+def gradient(module: Classifier, batch: list[Tensor]) -> Tensor:
+    """What a closure does."""
+    module.zero_grad()
+    loss = cross_entropy(module(batch[0]), batch[1])
+    loss.backward()
+    return loss
 
 
 # YAML: LightningCLI builds the classes that a block names, and trains with them.
@@ -141,7 +152,7 @@ def test_yaml_trains_as_the_page_shows_it(page: Path) -> None:
         config["trainer"] |= {"accelerator": "cpu", "logger": False, "max_steps": 2, "limit_val_batches": 1}
         if "strategy" in config["trainer"]:
             config["trainer"]["strategy"]["init_args"]["start_method"] = "fork"
-            config["trainer"] |= {"devices": 3, "max_steps": 60}
+            config["trainer"] |= {"devices": 3, "max_steps": 120}
         cli = LightningCLI(Classifier, args=config, run=False, save_config_callback=None)
         cli.trainer.fit(cli.model)
         objects = [cli.trainer.strategy, *cli.trainer.callbacks, *cli.trainer.optimizers, *cli.model.modules()]
@@ -157,7 +168,7 @@ CONSOLE = re.compile(r"^\$ (?P<command>fulgurite-plan .*)\n(?P<output>(?:.*\n)*)
 
 def commands(page: Path) -> Iterator[list[str]]:
     for block in blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in re.sub(r"\$\w+", "0", block.replace("\\\n", " ")).splitlines():
             yield shlex.split(line, comments=True)
     for match in SENTENCE.finditer(FENCE.sub("", page.read_text())):
         yield shlex.split(match["command"])
@@ -172,7 +183,7 @@ def unknown(words: list[str]) -> Iterator[str]:
         elif extras := re.fullmatch(r"(?:\.|fulgurite)\[(.*)\]", word):
             known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             yield from set(extras[1].split(",")) - set(known)
-        elif re.fullmatch(r"(?:examples|benchmarks)/\w+\.(?:py|yaml)", word):
+        elif re.fullmatch(r"(?:examples|benchmarks|docs)/\w+\.(?:py|yaml)", word):
             if not (ROOT / word).exists():
                 yield word
             elif word.endswith(".py"):
@@ -239,7 +250,7 @@ NAV = yaml.load(re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text()), yaml.Sa
 METHODS = {name: page for part in NAV for entry in part.get("Methods", []) for name, page in entry.items()}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in LISTS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem.lower() not in LISTS], ids=lambda page: page.stem)
 def test_each_page_has_a_figure(page: Path) -> None:
     figures = [page.parent / match["path"] for match in IMAGE.finditer(page.read_text())]
     assert figures, f"{page.name} shows nothing"
