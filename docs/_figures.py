@@ -1,7 +1,7 @@
 """Draws the figures of the pages that no example or benchmark draws: ``python docs/_figures.py``, some seconds.
 
-Curvature: what a number of products tells, on a network small enough to know its whole Hessian. Two sites and Flower: what
-stays where, and what is sent.
+Curvature: what a number of products tells, on a network small enough to know its whole Hessian. Two sites and Flower:
+what stays where, and what is sent.
 """
 
 import sys

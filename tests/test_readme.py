@@ -193,7 +193,8 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     text = """
     # Here: it is
     [a](plot.png) ![b](plot.png "title") <img src="plot.png"> [c](https://example.org/none) [d](#here-it-is)
-    [h](#nowhere) [i](page.md#two-words-once) [j](page.md#fenced) [k](page.md#fulgurite.callbacks.log_figure) [l](page.md#fulgurite.no)
+    [h](#nowhere) [i](page.md#two-words-once) [j](page.md#fenced)
+    [k](page.md#fulgurite.callbacks.log_figure) [l](page.md#fulgurite.no)
     [![e](no.png)](gone.md) <img src="lost.svg"> `[f](code.md)`
     ```
     [g](fenced.md)
