@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -254,6 +255,15 @@ def test_each_page_has_a_figure(page: Path) -> None:
     figures = [page.parent / match["path"] for match in IMAGE.finditer(page.read_text())]
     assert figures, f"{page.name} shows nothing"
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
+
+
+@pytest.mark.slow
+def test_the_pages_own_figures_can_be_drawn_again(tmp_path: Path) -> None:
+    names = runpy.run_path(str(DOCS / "_figures.py"))
+    names["main"](tmp_path)
+    drawn = {figure.name for figure in tmp_path.iterdir() if figure.read_bytes().startswith(b"\x89PNG")}
+    assert drawn == {f"{name}.png" for name in names["FIGURES"]}
+    assert drawn <= {figure.name for figure in (DOCS / "assets").iterdir()}
 
 
 @pytest.mark.parametrize("page", METHODS.values(), ids=METHODS)
