@@ -30,19 +30,41 @@ FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>```+|~~~+) *(?P<language>\w*).*?\n(?P<body>.*?)^(?P=indent)(?P=fence) *$", re.M | re.S
 )
 LINK = re.compile(r"""\]\(\s*<?(?P<target>[^)\s>]+)|(?:src|srcset|href)=["'](?P<attribute>[^"']+)["']""")
-REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:|//|#")  # a scheme, a host, or a place on the page itself
+REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:|//")  # a scheme or a host
+HEADING = re.compile(r"^#+ (.*)$", re.M)
+ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 
 
 def code_blocks(text: str) -> list[str]:
     return [textwrap.dedent(block["body"]) for block in FENCE.finditer(text) if block["language"] in ("python", "py")]
 
 
-def broken_links(text: str, folder: Path) -> list[str]:
+def links(text: str) -> list[str]:
     prose = re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
-    targets = [link["target"] or link["attribute"] for link in LINK.finditer(prose)]
-    return [
-        target for target in targets if not REMOTE.match(target) and not (folder / target.partition("#")[0]).exists()
-    ]
+    return [link["target"] or link["attribute"] for link in LINK.finditer(prose)]
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    """Those within the repository whose file, or whose place in it, is not there."""
+    broken = []
+    for target in links(text):
+        path, _, place = target.partition("#")
+        page = folder / path
+        if not REMOTE.match(target) and not (
+            page.exists() and (not place or has_place(page.read_text() if path else text, place))
+        ):
+            broken.append(target)
+    return broken
+
+
+def has_place(text: str, place: str) -> bool:
+    """Whether a page has a heading or a documented name (``::: module`` stands for its names) of that address."""
+    prose = FENCE.sub("", text)
+    headings = {re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in HEADING.findall(prose)}
+    modules = re.findall(r"^::: (\S+)$", prose, re.M)
+    module, _, name = place.rpartition(".")
+    documented = place in modules or (module in modules and hasattr(importlib.import_module(module), name))
+    return documented or place in {re.sub(r"[-\s]+", "-", heading) for heading in headings}
 
 
 def unresolved_imports(code: str) -> list[str]:
@@ -82,9 +104,34 @@ def test_numbers_are_the_measured_ones(document: Path) -> None:
     assert list(refresh.stale(document.read_text())) == [], "run `python benchmarks/refresh.py`"
 
 
+# What stands at the root is a page too, by a snippet in docs/.
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "docs"], ids=["root", "docs"])
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_a_page_from_the_root_lead_somewhere(document: str, folder: Path) -> None:
+    assert broken_links((ROOT / document).read_text(), folder) == []
+
+
 @each_document
 def test_links_lead_somewhere(document: Path) -> None:
     assert broken_links(document.read_text(), document.parent) == []
+
+
+@each_document
+def test_addresses_are_well_formed(document: Path) -> None:
+    text = document.read_text()
+    assert [target for target in links(text) if REMOTE.match(target) and not target.startswith("https://")] == []
+    for shown, address in re.findall(r"\[([^\]]*)\]\(https?://(?:www\.)?arxiv\.org/([^)]*)\)", text):
+        assert re.fullmatch(rf"abs/{ARXIV.pattern}", address)
+        assert shown.endswith(address.removeprefix("abs/")), f"{shown} leads to {address}"
+
+
+def test_pages_cite_the_papers_that_the_docstrings_name() -> None:
+    sources = [path for room in ("strategies", "callbacks", "plugins") for path in (ROOT / room).rglob("*.py")]
+    named = {paper for path in sources for paper in re.findall(rf"arXiv ({ARXIV.pattern})", path.read_text())}
+    cited = {paper for page in refresh.documents() for paper in ARXIV.findall(page.read_text())}
+    assert named - cited == set()
+    in_table = set(re.findall(rf"abs/({ARXIV.pattern})", (ROOT / "README.md").read_text()))
+    assert in_table - {paper for path in sources for paper in ARXIV.findall(path.read_text())} == set()
 
 
 @each_document
@@ -142,14 +189,20 @@ def test_refresh_refuses_what_it_cannot_read(results: Path, span: str, cause: st
 
 def test_broken_links_are_found(tmp_path: Path) -> None:
     (tmp_path / "plot.png").touch()
+    (tmp_path / "page.md").write_text("## `Two` words, once\n```\n# fenced\n```\n::: fulgurite.callbacks\n")
     text = """
-    [a](plot.png) ![b](plot.png#x "title") <img src="plot.png"> [c](https://example.org/none) [d](#here)
+    # Here: it is
+    [a](plot.png) ![b](plot.png "title") <img src="plot.png"> [c](https://example.org/none) [d](#here-it-is)
+    [h](#nowhere) [i](page.md#two-words-once) [j](page.md#fenced)
+    [k](page.md#fulgurite.callbacks.log_figure) [l](page.md#fulgurite.no)
     [![e](no.png)](gone.md) <img src="lost.svg"> `[f](code.md)`
     ```
     [g](fenced.md)
     ```
     """
-    assert broken_links(textwrap.dedent(text), tmp_path) == ["no.png", "gone.md", "lost.svg"]
+    text = textwrap.dedent(text)
+    expected = ["#nowhere", "page.md#fenced", "page.md#fulgurite.no", "no.png", "gone.md", "lost.svg"]
+    assert broken_links(text, tmp_path) == expected
 
 
 def test_code_is_found_in_fences_of_python_alone() -> None:
