@@ -18,13 +18,13 @@ Every argument is a flag, and so may be a parameter of a sweep: ``wandb sweep ex
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
-os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow prefers a database, which mlflow-skinny lacks
 
 import wandb
 import yaml
@@ -69,6 +69,7 @@ class WalkthroughCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.config.fit.online:
             os.environ["WANDB_MODE"] = "online"
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow prefers a database, which mlflow-skinny lacks
 
 
 @dataclass
@@ -101,8 +102,13 @@ class Stored:
         return {kind: sorted(names) for kind, names in kinds.items()}
 
 
-def read(path: Path) -> Stored:
-    """Reads ``run-ID.wandb``, which W&B writes whether it is online or not."""
+def read(path: Path, patience_s: float = 60) -> Stored:
+    """Reads ``run-ID.wandb``, which W&B writes whether it is online or not; its end comes a moment after the run's."""
+    deadline = time.monotonic() + patience_s
+    while not any(record.HasField("exit") for record in records(path.read_bytes())):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} does not end like that of a finished run")
+        time.sleep(0.1)
     stored = Stored()
     for record in records(path.read_bytes()):
         put(stored.config, (*record.run.config.update, *record.config.update))
@@ -134,6 +140,8 @@ def records(data: bytes) -> Iterator[Record]:
             continue
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         place += 7 + size
+        if place > len(data):  # still being written
+            return
         record += data[place - size : place]
         if kind in (1, 4):  # the whole of a record, and the last of its pieces
             yield Record.FromString(record)
@@ -141,7 +149,7 @@ def records(data: bytes) -> Iterator[Record]:
 
 
 def draw(stored: Stored, files: Path) -> Figure:
-    figure = Figure(figsize=(10, 7), dpi=130, layout="constrained")
+    figure = Figure(figsize=(10, 6), dpi=130, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     for axes, (name, meaning) in zip(top.subplots(1, len(CHARTS)), CHARTS.items(), strict=True):
         axes.plot(*zip(*stored.curve(name), strict=True), color="#2563eb")
@@ -166,8 +174,8 @@ def main(args: list[str] | None = None) -> Stored:
     )
     (logger,) = (logger for logger in cli.trainer.loggers if isinstance(logger, WandbLogger))
     files = Path(logger.experiment.dir)
-    (path,) = files.parent.glob("run-*.wandb")
     wandb.finish()
+    (path,) = files.parent.glob("run-*.wandb")
     stored = read(path)
     console = Console(highlight=False)
     for kind, names in stored.kinds().items():
