@@ -132,6 +132,7 @@ def csv_file() -> dict[str, list[tuple[int, float]]]:
     return {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
 
 
+@pytest.mark.slow
 def test_the_same_arrives_in_every_logger(example: ModuleType) -> None:
     stored = example.main(small(ROOT / "examples/wandb_side_by_side.yaml"))
     names = set(stored.kinds()["scalars"]) - {"trainer/global_step"}
@@ -181,6 +182,7 @@ def test_a_flag_makes_it_online(
     assert os.environ["WANDB_MODE"] == mode
 
 
+@pytest.mark.slow
 def test_the_sweep_runs_the_example_with_its_parameters(example: ModuleType) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
