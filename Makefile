@@ -1,5 +1,6 @@
 # make demo    set up, and train across a slow link          make test    set up, and run what CI runs
 # make quick   the tests that take seconds                   make docs    the documentation, into build/site
+# make test-oldest   all tests with the oldest versions that pyproject.toml declares, on Python 3.11; PYTEST='tests/plugins -q' to choose
 # make bench   measure against the peers (minutes; the throttled link needs root)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -7,11 +8,16 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver the CPU build of torch serves as well and is a tenth of the size: taken where pip finds one, else pip's default.
 TORCH  ?= $(if $(shell command -v nvidia-smi),,torch==2.13.0+cpu)
 
-.PHONY: demo test quick lint types links docs bench compat clean
+.PHONY: demo test test-oldest quick lint types links docs bench compat clean
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 test: lint types
 	$(BIN)/python -m pytest
+test-oldest: # an environment of its own
+	mkdir -p build
+	$(PYTHON) tests/oldest.py >build/oldest.txt
+	PIP_CONSTRAINT=build/oldest.txt $(MAKE) VENV=build/oldest TORCH="$$(grep '^torch==' build/oldest.txt)+cpu" build/oldest/.ready
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest $(PYTEST)
 quick: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not slow'
 lint: $(VENV)/.ready

@@ -20,7 +20,7 @@ def gradients(net: EquilibriumLayer, x: Tensor, factor: float = 1.0, reduce: str
     net.zero_grad()
     x = x.clone().requires_grad_()
     out = net(x)
-    loss = mse_loss(out, inputs(len(x), out.shape[1], seed=7), reduction=reduce)
+    loss = mse_loss(out, inputs(len(x), out.shape[1], seed=7).to(out.dtype), reduction=reduce)
     (factor * loss).backward()
     assert x.grad is not None
     return {"x": x.grad} | {name: param.grad.clone() for name, param in net.field.named_parameters()}
