@@ -193,7 +193,7 @@ class Meter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         file = self.folder / "state.ckpt"
         trainer.strategy.barrier()
-        before = sum(on_the_wire())
+        before, sockets = sum(on_the_wire()), len(connections())
         trainer.save_checkpoint(file)
         trainer.strategy.barrier()
         through = sum(on_the_wire()) - before
@@ -203,6 +203,7 @@ class Meter(Callback):
             "tensors": len(list(pl_module.parameters())),
             "held": self.held,
             "checkpoint": sum(each.stat().st_size for each in files),
+            "sockets": sockets,
             "gathered": through,
             "clients_saved": len(files) - 1,
         }
@@ -248,13 +249,18 @@ def logged(trainer: Trainer, total: bool) -> float:
 
 def on_the_wire() -> tuple[int, int]:
     """Bytes that this process has sent and received by TCP, as the kernel counts them on its open connections."""
-    sent = received = 0
+    sent, received = zip(*connections(), strict=True)
+    return sum(sent), sum(received)
+
+
+def connections() -> list[tuple[int, int]]:
+    """Bytes sent and received of each of this process's open sockets of TCP."""
+    found = []
     for number in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # the folder's own, or not a socket of TCP
             if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(number))) as connection:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, SENT + 8)
-            sent += struct.unpack_from("=Q", info, SENT)[0]
-            received += struct.unpack_from("=Q", info, RECEIVED)[0]
-    return sent, received
+            found.append((struct.unpack_from("=Q", info, SENT)[0], struct.unpack_from("=Q", info, RECEIVED)[0]))
+    return found
