@@ -34,6 +34,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/jacobian_homeostasis.py
 	$(BIN)/python benchmarks/exponentiated_gradient.py
 	$(BIN)/python benchmarks/sequential_gradient_coding.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/refresh.py
 clean:
 	rm -rf build $(VENV)

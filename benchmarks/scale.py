@@ -40,7 +40,7 @@ TOLERANCES = {
     "sent": (0.10, 0.02),
     "busiest": (0.10, 0.02),
     "logged": (0.02, 0.01),
-    "held": (0.05, 0.35),
+    "held": (0.10, 0.35),
     "checkpoint": (0.10, 0.02),
     "gathered": (0.10, 0.02),
 }
@@ -102,6 +102,7 @@ def formula(method: str, size: Size) -> dict[str, float]:
     else:
         sent = others / n * (message + 2) * p / size.every
         held = 8 * p + 12 * fragment + 2 * message * fragment + 4 * fragment
+        saved, gathered = 20 * p, 0
     return figures(sent, logged=sent, held=held, checkpoint=saved, gathered=gathered)
 
 
@@ -137,8 +138,8 @@ NOTE = (
     " diloco/bytes_sent, fed/bytes or gradient_coding/bytes_sent; `held` counts the storages of all tensors that Python"
     " has, and DDP's buckets, but for the module, its gradients, the optimizer and the data, at each end of a batch"
     " and whenever the strategy logs: the working memory within a call is not in it. `off` is measured over formula,"
-    " less 1. Codes step on each batch (`pipeline='delayed'`), with B=1, W=2, lam=1, or s=1. A federation has twice as"
-    " many clients as processes, of which half train in a round"
+    " less 1. Codes step on each batch (`pipeline='delayed'`), with B=1, W=2, lam=1, or s=1. Scattered, checkpoints"
+    " are without `worker_state`. A federation has twice as many clients as processes, of which half train in a round"
 )
 
 
@@ -241,7 +242,8 @@ EXTRAPOLATED_NOTE = (
     "EXTRAPOLATED: the formulas, which fit at 2 to 8 processes and up to a million parameters, at sizes that were not"
     " run. Default settings: Streaming DiLoCo every 100 steps, its largest fragment an eighth of the model; DiLoCo"
     " every 500; clients of 100 local steps, ten times as many as processes, one a process in a round. `link_s` is what"
-    " the busiest link takes for a step's bytes at 10 Gbit/s, on the average of the steps, if it does nothing else"
+    " the busiest link takes for a step's bytes at 10 Gbit/s, on the average of the steps, if it does nothing else,"
+    " and `gather_s` what rank 0's takes for a checkpoint"
 )
 DEFAULT_EVERY = {"ddp": 1, "diloco": 500, "streaming": 100, "streaming_scatter": 100}
 LINK = 10e9 / 8  # bytes a second
@@ -263,7 +265,7 @@ def every_of(method: str) -> int:
 def at_scale(method: str, n: int, parameters: float) -> dict[str, float]:
     found = formula(method, Size(n, parameters, every_of(method), 1 / 8, 10 * n))
     giga = {f"{name}_gb": found[name] / 1e9 for name in found}
-    return giga | {"link_s": found["busiest"] / LINK}
+    return giga | {"link_s": found["busiest"] / LINK, "gather_s": found["gathered"] / LINK}
 
 
 # ---- the figure ------------------------------------------------------------------------------------------------------
