@@ -32,7 +32,7 @@ METHODS = {  # in the colours of _plots
     "sr_sgc": ("SR-SGC", "#cc79a7", "x"),
     "m_sgc": ("M-SGC", "#56b4e9", "^"),
 }
-QUICK = ("diloco", "streaming", "federated", "m_sgc")
+QUICK = ("streaming", "federated", "m_sgc")
 # Largest distance from the formula, relative to it, above and below. Sent and busiest are of the kernel, and have heads
 # and the strategies' small talk above the payload; logged are the strategies' own counters. How much is held varies
 # with what gloo has let go of, and with how many gradients reach rank 0 at once: there the formula is the most.
