@@ -40,6 +40,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/jacobian_homeostasis.py
 	$(BIN)/python benchmarks/exponentiated_gradient.py
 	$(BIN)/python benchmarks/sequential_gradient_coding.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/refresh.py
 compat: $(VENV)/.ready # which method goes with what, tried anew, into docs/compatibility.md
 	mkdir -p build
