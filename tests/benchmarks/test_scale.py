@@ -56,3 +56,14 @@ def test_what_is_extrapolated_is_the_formula_at_default_settings() -> None:
     found = bench.extrapolated(True)["sizes"]["n1000"]
     assert found["streaming"]["sent_gb"] == pytest.approx(999 * (65 / 128) / 100)
     assert found["gc"]["link_s"] == pytest.approx(999 * 4e9 * 8 / 10e9)
+
+
+def test_the_results_that_the_page_shows_fit_the_formulas() -> None:
+    results = json.loads((load_benchmark("_record").RESULTS / "scale.json").read_text())
+    assert bench.misfits(results["growth"]["methods"]) == []
+    # What was extrapolated is of these formulas too; the measured ones were compared with them in the run.
+    assert results["extrapolated"]["sizes"] == bench.extrapolated(False)["sizes"]
+    for method, widths in results["growth"]["methods"].items():
+        for n, found in widths["w408"].items():
+            size = bench.Size(int(n[1:]), found["parameters"], 6, 0.5, 2 * int(n[1:]))
+            assert found["formula"]["sent"] == pytest.approx(bench.formula(method, size)["sent"])
