@@ -35,8 +35,9 @@ def as_a_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "argv", ["wandb_walkthrough.py"])  # LightningCLI warns of arguments in two places
     for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # its process stays in the folder where it began, and each test has another
     yield
-    wandb.teardown()  # its process stays in the folder where it began, and the next test has another
+    wandb.teardown()
 
 
 def small(*configs: Path) -> list[str]:

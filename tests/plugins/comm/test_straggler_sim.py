@@ -328,7 +328,7 @@ def test_search_tries_every_s_of_selective_repeat(n: int) -> None:
     profile = bursts(n, 40, 0)
     found = {round(run.total_s, 9) for run in search(profile, 30, schemes=["sr_sgc"], max_delay=2, carry_over=False)}
     for B, W in ((1, 2), (1, 3), (1, 4), (2, 3), (2, 5)):
-        for lam in range(n + 1):
+        for lam in range(1, n + 1):
             assert round(simulate("sr_sgc", profile, 30, B=B, W=W, lam=lam).total_s, 9) in found
 
 
