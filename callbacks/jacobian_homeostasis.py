@@ -159,9 +159,8 @@ class JacobianHomeostasis(Callback):
                 estimator=self.estimator,
                 generator=torch.Generator(u.device).manual_seed(seed),
             )
-        if (
-            vars(layer) is self._own[id(layer)]
-        ):  # else in a block of `quiet`, as an attack on the inputs: not to be logged
+        # Attributes are others in a block of `quiet`, such as an attack on the inputs: not to be logged.
+        if vars(layer) is self._own[id(layer)]:
             parts = u[:SYMMETRY_SAMPLES], x[:SYMMETRY_SAMPLES]
             self._calls.append(_Call(layer, *parts, layer.last_residual, loss.detach()))
         return attach_loss(out, loss, self._weight) if self.coef > 0 else None

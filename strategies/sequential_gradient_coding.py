@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
+from types import UnionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -96,8 +97,8 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         _check_choices(code=(code, Code), wait=(wait, Rule), pipeline=(pipeline, Pipeline))
         _check_choices(data=(data, Literal["slice", "held"]))
         _check_kinds(int, s=s, B=B, W=W, lam=lam, seed=seed)
+        _check_kinds(int | float, mu=mu)
         _check_kinds(DelayProfile, delay_injection=delay_injection)
-        _check_kinds(float, mu=mu)
         if not 0 < mu < math.inf:
             raise ValueError(
                 f"`mu` is the patience with late results and must be positive and finite, got {mu}: a round that waits"
@@ -498,12 +499,11 @@ def _check_choices(**given: tuple[object, Any]) -> None:
             raise ValueError(f"`{name}` must be one of {get_args(choices)}, got {value!r}")
 
 
-def _check_kinds(kind: type, **given: object) -> None:
-    """Refuses what is neither of a kind nor None; whole numbers are of kind float too, and True is no number."""
+def _check_kinds(kind: type | UnionType, **given: object) -> None:
+    """Refuses what is neither of a kind nor None; True is no number."""
     for name, value in given.items():
-        kinds = (int, float) if kind is float else kind
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise TypeError(f"`{name}` must be of type {kind.__name__}, got {value!r}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise TypeError(f"`{name}` must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
 
 
 def _digest(batch: Any) -> bytes:
