@@ -47,6 +47,7 @@ compat: $(VENV)/.ready # which method goes with what, tried anew, into docs/comp
 	$(BIN)/fulgurite compat --json > build/compatibility.json
 	mv build/compatibility.json benchmarks/results/compatibility.json
 	$(BIN)/python benchmarks/refresh.py
+	$(BIN)/python docs/_figures.py
 clean:
 	rm -rf build $(VENV)
 

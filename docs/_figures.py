@@ -1,9 +1,10 @@
 """Draws the figures of the pages that no example or benchmark draws: ``python docs/_figures.py``, some seconds.
 
 Curvature: what a number of products tells, on a network small enough to know its whole Hessian. Two sites and Flower:
-what stays where, and what is sent.
+what stays where, and what is sent. Compatibility: the table of ``make compat`` at one glance.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -138,7 +139,34 @@ def flower() -> Figure:
     return figure
 
 
+def compatibility() -> Figure:
+    """Which cells of the table are a yes, and which are refused."""
+    cells = json.loads((ROOT / "benchmarks" / "results" / "compatibility.json").read_text())["cells"]
+    columns = list(next(iter(cells.values())))
+    figure = Figure(figsize=(8, 6.2))
+    axes = figure.subplots()
+    for height, row in enumerate(cells.values()):
+        for left, column in enumerate(columns):
+            outcome, _ = row[column]
+            mark, colour, face = LOOKS[outcome]
+            axes.add_patch(Rectangle((left - 0.47, height - 0.43), 0.94, 0.86, facecolor=face))
+            axes.text(left, height, mark, color=colour, **TEXT)
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(cells) - 0.5, -0.5))
+    axes.set_xticks(range(len(columns)), [column.replace("_", "_\n", 1) for column in columns])
+    axes.set_yticks(range(len(cells)), [row.replace("`", "") for row in cells])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
 TEXT = {"ha": "center", "va": "center", "fontsize": 8}
+LOOKS = {  # of an outcome: its mark, the mark's colour and the cell's
+    "works": ("yes", GREEN, "#e5f4ef"),
+    "refused": ("no", ORANGE, "#fbe9dd"),
+    "fails": ("fails", "white", ORANGE),
+    "untried": ("?", GREY, "#f2f2f2"),
+}
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
@@ -161,7 +189,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=colour, linewidth=1.4))
 
 
-FIGURES = {"curvature": curvature, "two_sites": two_sites, "flower": flower}
+FIGURES = {"curvature": curvature, "two_sites": two_sites, "flower": flower, "compatibility": compatibility}
 
 
 def main(folder: Path = ROOT / "docs" / "assets") -> None:
