@@ -14,7 +14,7 @@ from fulgurite.plugins.linalg.curvature import GGNOperator, HessianOperator, spl
 from fulgurite.plugins.linalg.distributed import Sharded, Whole
 from fulgurite.plugins.linalg.krylov import LanczosResult, eigsh
 from fulgurite.plugins.linalg.module_loss import ModuleLoss
-from fulgurite.plugins.linalg.slq import SpectralMeasure, slq
+from fulgurite.plugins.linalg.slq import SpectralMeasure, check_probes, slq
 
 _K_WITHOUT_CLASSES = 10
 
@@ -164,6 +164,7 @@ def _probe(
     generator: torch.Generator | None,
 ) -> tuple[LanczosResult, SpectralMeasure, dict[str, float]]:
     """The longest run, the measure, and the trace of G and its distance from H on the same probes."""
+    check_probes(n_probes)
     longest: LanczosResult | None = None
     measure: SpectralMeasure | None = None
     traces, apart, norms = 0.0, 0.0, 0.0
@@ -180,8 +181,8 @@ def _probe(
             norms += float(first.square().sum())
         if longest is None or len(run) > len(longest):
             longest = run
-    if longest is None or measure is None:
-        raise ValueError(f"`n_probes` counts random vectors and must be at least 1, got {n_probes}")
+    assert longest is not None
+    assert measure is not None
     if gauss_newton is None:
         return longest, measure, {}
     scalars = {"ggn_trace": traces} | ({"residual_ratio": (apart / norms) ** 0.5} if norms else {})

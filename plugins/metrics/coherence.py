@@ -62,7 +62,7 @@ class MCoherence(Metric):
     def __init__(self, normalize: Normalize = "m", per_layer: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if normalize not in get_args(Normalize):
-            raise ValueError(f"`normalize` is one of {', '.join(get_args(Normalize))}, got {normalize!r}")
+            raise ValueError(f"`normalize` must be one of {get_args(Normalize)}, got {normalize!r}")
         self.normalize, self.per_layer = normalize, per_layer
         self.names: list[str] | None = None
         self.add_state("m", torch.tensor(0), dist_reduce_fx="sum")
