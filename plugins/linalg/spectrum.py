@@ -103,22 +103,7 @@ def spectrum(
 
     run, measure, scalars = _probe(hessian, gauss_newton, lanczos_steps, n_probes, basis, generator)
     values, vectors, residuals = _top(hessian, run, min(wanted, size), tol, basis, previous, generator)
-    top = float(values[0])
-    magnitudes = SpectralMeasure(measure.nodes.abs(), measure.weights, size)
-    trace, trace_stderr = measure.trace()
-    mass = magnitudes.moment(1)
-    scalars |= {
-        "lambda_max": top,
-        "lambda_min": float(measure.nodes.min()),
-        "trace": trace,
-        "frobenius": (size * measure.moment(2)) ** 0.5,
-        "negative_mass": measure.integrate(lambda nodes: nodes.clamp(max=0).abs())[0] / mass if mass else 0.0,
-        "near_zero_fraction": magnitudes.integrate(lambda nodes: (nodes < near_zero * top).to(nodes))[0],
-        "bulk_median": magnitudes.quantile(0.5),
-        **outliers(values, classes),
-    }
-    if n_probes > 1:
-        scalars["trace_stderr"] = trace_stderr
+    scalars |= _summary(measure, values, near_zero) | outliers(values, classes)
     space = Sharded(hessian) if basis == "sharded" else Whole(hessian)
     if gradient_overlap:
         gradient = hessian.gradient
@@ -153,6 +138,23 @@ def outliers(values: Tensor, classes: int | None = None) -> dict[str, float]:
     if classes and classes >= 2 and len(ratios) >= classes:
         found["gap_at_classes"] = float(ratios[classes - 2 : classes].max())
     return found
+
+
+def _summary(measure: SpectralMeasure, values: Tensor, near_zero: float) -> dict[str, float]:
+    """What the measure tells of H, whose largest eigenvalues are ``values``."""
+    top, size = float(values[0]), measure.size
+    magnitudes = SpectralMeasure(measure.nodes.abs(), measure.weights, size)
+    mass = magnitudes.moment(1)
+    trace, trace_stderr = measure.trace()
+    return {
+        "lambda_max": top,
+        "lambda_min": float(measure.nodes.min()),
+        "trace": trace,
+        "frobenius": (size * measure.moment(2)) ** 0.5,
+        "negative_mass": measure.integrate(lambda nodes: nodes.clamp(max=0).abs())[0] / mass if mass else 0.0,
+        "near_zero_fraction": magnitudes.integrate(lambda nodes: (nodes < near_zero * top).to(nodes))[0],
+        "bulk_median": magnitudes.quantile(0.5),
+    } | ({"trace_stderr": trace_stderr} if len(measure.nodes) > 1 else {})
 
 
 def _probe(
