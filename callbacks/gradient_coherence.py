@@ -69,7 +69,8 @@ class GradientCoherence(Callback):
 
     Raises:
         ValueError: an argument out of its range; a pattern without a match; one example only.
-        MisconfigurationException: sharded parameters, or a compiled module.
+        MisconfigurationException: sharded parameters, or several optimizers; for ``"train_batch"`` a compiled module,
+            or a strategy whose backward passes are of parts of a batch; for ``"fixed"`` manual optimization.
         RuntimeError: modules whose gradients are not those of examples.
     """
 

@@ -79,12 +79,11 @@ def main(
         "seed": seed,
         "start_method": "fork",
     }
+    sgd = partial(SGD, lr=lr, weight_decay=weight_decay)
+    fedspeed = partial(FedSpeed, lr=lr, lam=lam, rho=rho, weight_decay=weight_decay)
     trainings: dict[str, tuple[FederatedStrategy, OptimizerCallable]] = {
-        "FedAvg": (FederatedStrategy(**same), partial(SGD, lr=lr, weight_decay=weight_decay)),
-        "FedSpeed": (
-            FederatedStrategy(server_optimizer=FedSpeedServer, **same),
-            partial(FedSpeed, lr=lr, lam=lam, rho=rho, weight_decay=weight_decay),
-        ),
+        "FedAvg": (FederatedStrategy(**same), sgd),
+        "FedSpeed": (FederatedStrategy(server_optimizer=FedSpeedServer, **same), fedspeed),
     }
     runs: list[Run] = []
     for name, (strategy, optimizer) in trainings.items():

@@ -216,6 +216,10 @@ class FisherOperator(GGNOperator):
         generator: draws a seed; None for torch's own.
         group: the data-parallel ranks; None for all.
         sync: False for this rank's loss alone.
+
+    Raises:
+        ValueError: for an argument out of its range, for outputs of which a row is not a sample, for ``"mc"`` with
+            another loss, and as :class:`GGNOperator`.
     """
 
     def __init__(

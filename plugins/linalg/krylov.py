@@ -176,6 +176,9 @@ class LanczosResult:
         Args:
             y: coefficients.
             whole: all rows of it; False for those of this rank where the basis is sharded.
+
+        Raises:
+            ValueError: without a basis.
         """
         if self.basis is None:
             raise ValueError('`basis="none"` keeps no vectors: take "full" or "sharded"')
@@ -255,6 +258,9 @@ def lanczos(
         basis: where the vectors are: whole on each rank; ``"sharded"``, rows of them on each, which takes as much
             traffic and a W-th of the memory; ``"none"``, nowhere, without re-orthogonalisation.
         generator: draws the start vector, on rank 0.
+
+    Raises:
+        ValueError: for an argument out of its range.
     """
     if n_iter < 1:
         raise ValueError(f"`n_iter` counts products and must be at least 1, got {n_iter}")
@@ -302,6 +308,9 @@ def eigsh(
         v0: start vector, such as a sum of earlier eigenvectors; None draws one.
         basis: as in :func:`lanczos`.
         generator: draws vectors, on rank 0.
+
+    Raises:
+        ValueError: for an argument out of its range.
     """
     if not 1 <= k <= op.shape[0]:
         raise ValueError(f"`k` counts eigenpairs and must be from 1 to {op.shape[0]}, got {k}")

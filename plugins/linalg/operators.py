@@ -158,6 +158,9 @@ class LowRankOperator(CurvatureOperator):
     Args:
         u: ``(P, r)``, such as eigenvectors.
         s: ``(r,)``, such as eigenvalues.
+
+    Raises:
+        ValueError: for other shapes.
     """
 
     def __init__(self, u: Tensor, s: Tensor) -> None:
@@ -179,6 +182,9 @@ class DenseOperator(CurvatureOperator):
 
     Args:
         a: ``(P, P)``.
+
+    Raises:
+        ValueError: for another shape.
     """
 
     def __init__(self, a: Tensor) -> None:

@@ -89,6 +89,9 @@ def slq(
         basis: as in :func:`lanczos`; ``"none"`` saves the memory; ghosts share the weight of their eigenvalue.
         keep_lanczos: keep each probe's run, with its basis, in ``runs``.
         generator: draws on rank 0.
+
+    Raises:
+        ValueError: for no probe, and as :func:`lanczos`.
     """
     check_probes(n_probes)
     total: SpectralMeasure | None = None

@@ -84,7 +84,7 @@ def spectrum(
         generator: draws the probes, on rank 0.
 
     Raises:
-        ValueError: for a loss that is not finite.
+        ValueError: for a loss that is not finite, and for an argument out of its range.
     """
     start = time.perf_counter()
     params = None if params is None else list(params)

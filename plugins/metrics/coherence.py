@@ -46,6 +46,10 @@ class MCoherence(Metric):
         per_layer: compute one value for each key of the updates.
         **kwargs: for :class:`~torchmetrics.Metric`.
 
+    Raises:
+        ValueError: for an unknown ``normalize``.
+        RuntimeError: in ``compute``, before the first update.
+
     Example:
         >>> metric = MCoherence()
         >>> metric.update_grads(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
