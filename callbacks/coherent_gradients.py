@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from fulgurite.callbacks.requirements import (
     averaging_group,
+    loss_scale,
     matching_parameters,
     patterns_of,
     require_whole_backward,
@@ -55,7 +56,7 @@ class CoherentGradients(Callback):
 
     def __init__(self, rule: Rule, c: float = 0.1, exclude: str | Sequence[str] = ()) -> None:
         if rule not in get_args(Rule):
-            raise ValueError(f"`rule` is one of {', '.join(get_args(Rule))}, got {rule!r}")
+            raise ValueError(f"`rule` must be one of {get_args(Rule)}, got {rule!r}")
         if not 0 <= c < 0.5:
             raise ValueError(f"`c` is the share of examples to clip at each end, in [0, 0.5), got {c}")
         self.rule, self.c, self.exclude = rule, c, patterns_of(exclude) or ()
@@ -128,8 +129,7 @@ class CoherentGradients(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         whole = self._passes == trainer.accumulate_grad_batches  # an epoch's last step may have fewer
         parts, self._parts, self._passes = self._parts, [], 0
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = scaler.get_scale() if scaler is not None else 1.0  # of the parts; the gradients are without by now
+        scale = loss_scale(trainer)  # of the parts; the gradients are without by now
         chosen = [(name, param) for name, param in self._chosen(pl_module) if param.grad is not None]
         if self.rule == "rm3":
             self._remember(chosen)

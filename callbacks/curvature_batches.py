@@ -35,7 +35,9 @@ class CurvatureBatches(Callback):
         self._batches, self._step = [], -1
         kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
         if kinds != [GradientRegularizedNewton.__name__]:
-            raise MisconfigurationException(f"`CurvatureBatches` is for one GradientRegularizedNewton, got {kinds}")
+            raise MisconfigurationException(
+                f"`CurvatureBatches` is for one GradientRegularizedNewton, got {kinds}: remove it"
+            )
         if getattr(trainer.strategy, "attack", None) is not None:
             raise MisconfigurationException(
                 f"`CurvatureBatches` keeps batches as they are loaded, and {type(trainer.strategy).__name__} trains on "

@@ -73,7 +73,7 @@ class DaleLaw(Callback):
         self._weights = {name: p for name, p in pl_module.named_parameters() if p.ndim >= 2}
         if not self._weights:
             raise MisconfigurationException(
-                "DaleLaw looks at parameters of two or more dimensions, and the module has none; FSDPStrategy hides"
+                "`DaleLaw` looks at parameters of two or more dimensions, and the module has none; FSDPStrategy hides"
                 " them in flat ones: use ModelParallelStrategy"
             )
         kept = self._loaded.get("signs", {})

@@ -20,6 +20,7 @@ from fulgurite.callbacks.figures import log_figure
 from fulgurite.callbacks.logs import log_now
 from fulgurite.callbacks.requirements import (
     averaging_group,
+    loss_scale,
     matching_parameters,
     patterns_of,
     require_matplotlib,
@@ -68,7 +69,8 @@ class GradientCoherence(Callback):
 
     Raises:
         ValueError: an argument out of its range; a pattern without a match; one example only.
-        MisconfigurationException: sharded parameters, or a compiled module.
+        MisconfigurationException: sharded parameters, or several optimizers; for ``"train_batch"`` a compiled module,
+            or a strategy whose backward passes are of parts of a batch; for ``"fixed"`` manual optimization.
         RuntimeError: modules whose gradients are not those of examples.
     """
 
@@ -91,9 +93,9 @@ class GradientCoherence(Callback):
         if batch_dim < 0:
             raise ValueError(f"`batch_dim` is an axis and must be at least 0, got {batch_dim}")
         if source not in ("train_batch", "fixed"):
-            raise ValueError(f"`source` is 'train_batch' or 'fixed', got {source!r}")
+            raise ValueError(f"`source` must be 'train_batch' or 'fixed', got {source!r}")
         if unsupported not in ("vmap", "skip", "error"):
-            raise ValueError(f"`unsupported` is 'vmap', 'skip' or 'error', got {unsupported!r}")
+            raise ValueError(f"`unsupported` must be 'vmap', 'skip' or 'error', got {unsupported!r}")
         self.every_n_steps, self.per_layer, self.source, self.n_batches = every_n_steps, per_layer, source, n_batches
         self.modules = patterns_of(modules)
         self.batch_dim, self.unsupported, self.max_bytes = batch_dim, unsupported, max_bytes
@@ -183,9 +185,7 @@ class GradientCoherence(Callback):
             return
         event, self._event = self._event, None
         self._measured = event.step
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None:  # the gradients have just been divided by it
-            event.divide(scaler.get_scale())
+        event.divide(loss_scale(trainer))  # by which the gradients have just been divided
         ranks = _ranks(trainer)  # whose mean the gradients are
         event.gradients = {name: ranks * gradient for name, gradient in event.gradients.items()}
         self._finish(trainer, pl_module, event, ranks)

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
@@ -141,9 +141,9 @@ class HessianSpectrum(Callback):
             if number is not None and not number > 0:
                 raise ValueError(f"`{name}` must be positive, got {number}")
         if self.batches not in ("fixed", "current"):
-            raise ValueError(f"`batches` is 'fixed' or 'current', got {self.batches!r}")
+            raise ValueError(f"`batches` must be 'fixed' or 'current', got {self.batches!r}")
         if self.basis not in ("full", "sharded", "auto"):
-            raise ValueError(f"`basis` is 'full', 'sharded' or 'auto', got {self.basis!r}")
+            raise ValueError(f"`basis` must be 'full', 'sharded' or 'auto', got {self.basis!r}")
         if self.keep_vectors and self.basis == "sharded":
             raise ValueError('`keep_vectors` writes whole vectors, and `basis="sharded"` has none: set one of the two')
 
@@ -162,7 +162,8 @@ class HessianSpectrum(Callback):
         if not callable(getattr(pl_module, self.step, None)):
             raise MisconfigurationException(f"`step`: {type(pl_module).__name__} has no method `{self.step}`")
         by_hand = not pl_module.automatic_optimization
-        if self.step == "training_step" and (by_hand or _has(pl_module.training_step, "dataloader_iter")):
+        reads_data = is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
+        if self.step == "training_step" and (by_hand or reads_data):
             raise MisconfigurationException(
                 "the `training_step` of this module steps its optimizers or reads its data itself: give it a method "
                 'that takes a batch and returns the loss, and name it, as in `HessianSpectrum(step="hessian_loss")`'
@@ -421,10 +422,6 @@ def density_figure(record: SpectrumRecord, sigma: float | None = None, title: st
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     return figure
-
-
-def _has(step: Any, argument: str) -> bool:
-    return is_param_in_hook_signature(step, argument, explicit=True)
 
 
 def _copy(batch: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from fulgurite.callbacks.requirements import require_whole_backward, require_whole_parameters
+from fulgurite.callbacks.requirements import loss_scale, require_whole_backward, require_whole_parameters
 from fulgurite.plugins.equilibrium import Backward, EquilibriumLayer, attach_loss, homeostatic_loss, jacobian_symmetry
 from fulgurite.plugins.equilibrium.homeostasis import MAX_JACOBIAN, Estimator, check_estimator
 from fulgurite.plugins.seeds import derived_seed
@@ -102,7 +102,7 @@ class JacobianHomeostasis(Callback):
         found = {name: part for name, part in pl_module.named_modules() if isinstance(part, EquilibriumLayer)}
         if not found:
             raise MisconfigurationException(
-                f"{type(pl_module).__name__} has no EquilibriumLayer for JacobianHomeostasis to act on: add one, or "
+                f"{type(pl_module).__name__} has no EquilibriumLayer for `JacobianHomeostasis` to act on: add one, or "
                 "leave the callback out"
             )
         missing = set(self.modules or ()) - set(found)
@@ -139,9 +139,8 @@ class JacobianHomeostasis(Callback):
             layer.last_backward = None
         if trainer.global_step % self.every_n_steps:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)  # 16-mixed: as the loss, the penalty is scaled
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        self._weight = self.coef * scale / trainer.accumulate_grad_batches
+        # As the Trainer's own loss is scaled and divided.
+        self._weight = self.coef * loss_scale(trainer) / trainer.accumulate_grad_batches
 
     def _penalise(self, layer: EquilibriumLayer, args: Any, out: Tensor) -> Tensor | None:
         """The forward hook."""

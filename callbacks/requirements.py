@@ -1,4 +1,4 @@
-"""What several callbacks ask of a fit, and say in the same words."""
+"""What several callbacks ask of a fit, and refuse in the same words."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -35,6 +35,12 @@ def averaging_group(trainer: Trainer) -> dist.ProcessGroup | None:
     """The processes over which DDP makes gradients a mean; None where each process keeps its own."""
     model = trainer.strategy.model
     return model.process_group if isinstance(model, DistributedDataParallel) else None
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """What ``16-mixed`` multiplies the loss by, and so what backward leaves in gradients; 1 in other precisions."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def require_matplotlib(figure: bool) -> None:

@@ -24,6 +24,9 @@ class RobustValidation(Callback):
         input_key: the input in a batch: an index of a tuple or list, a mapping's key, or a field's name.
         target_key: likewise the classes, ``(N, ...)``.
         limit_batches: attack the first batches of a loader only, at least 1; None for all.
+
+    Raises:
+        ValueError: for ``limit_batches`` out of its range; in a validation, as the attack says.
     """
 
     def __init__(

@@ -7,18 +7,12 @@ WANDB_MODE says otherwise.
 """
 
 import json
-import logging
-import os
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("WANDB_SILENT", "true")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
-
+import showing
 import wandb
 from byte_lm import ByteLM, PythonSource
 from jsonargparse import auto_cli
@@ -28,7 +22,6 @@ from lightning.pytorch.strategies import Strategy
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fulgurite.callbacks import log_figure
@@ -68,16 +61,7 @@ class Recorder(Callback):
         self.run, self.earlier, self.file = Run(name), earlier, file
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        colour = COLOURS[self.run.name]
-        self.progress = Progress(
-            TextColumn(f"[bold {colour}]{self.run.name:<16}"),
-            BarColumn(bar_width=None, complete_style=colour, finished_style=colour),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            expand=True,
-            disable=not trainer.is_global_zero,
-        )
+        self.progress = showing.line_of(trainer, f"{self.run.name:<16}", COLOURS[self.run.name])
         self.task = self.progress.add_task(f"{'':<28}", total=trainer.max_steps)
         self.progress.start()
         self.started = time.perf_counter()
@@ -122,7 +106,7 @@ def train(
     name: str, strategy: str | Strategy, steps: int, every: int, seed: int, earlier: list[Run], store: Path
 ) -> Run:
     seed_everything(seed, verbose=False)
-    file = store / f"{name.lower().replace(' ', '_')}.json"
+    file = store / f"{showing.slug(name)}.json"
     trainer = Trainer(
         accelerator="cpu",
         devices=DEVICES,
@@ -194,15 +178,6 @@ def draw(runs: list[Run]) -> Figure:
     return figure
 
 
-def quiet() -> None:
-    """Silences what a newcomer cannot act on; what the strategies themselves warn of still shows."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data are in memory
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    wandb.setup()  # takes WANDB_SILENT to heart before it validates what Lightning passes to it
-
-
 def main(steps: int = 400, sync_every: int = 20, seed: int = 0, folder: Path = Path()) -> list[Run]:
     """Trains, prints the table and writes the figure.
 
@@ -216,7 +191,7 @@ def main(steps: int = 400, sync_every: int = 20, seed: int = 0, folder: Path = P
     if steps < every:
         raise ValueError(f"`steps` must be at least twice `sync_every` ({sync_every}), got {steps}")
     steps -= steps % every
-    quiet()
+    showing.quiet()
     console = Console(highlight=False)
     store = folder / "runs" / "demo"
     store.mkdir(parents=True, exist_ok=True)

@@ -1,30 +1,22 @@
-"""Handwritten digits, a small classifier, and a record of its rounds: shared by the federated examples."""
+"""Handwritten digits for most examples, and for the federated ones a classifier and a record of its rounds."""
 
 import json
-import logging
-import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("WANDB_SILENT", "true")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
-
+import showing
 import torch
 import torch.nn.functional as F
 import wandb
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR
@@ -141,18 +133,10 @@ class Recorder(Callback):
         store: Path,
     ) -> None:
         self.run, self.colour, self.shown = Run(name), colour, shown
-        self.earlier, self.draw, self.file = earlier, draw, store / f"{slug(name)}.json"
+        self.earlier, self.draw, self.file = earlier, draw, store / f"{showing.slug(name)}.json"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.progress = Progress(
-            TextColumn(f"[bold {self.colour}]{self.run.name:<17}"),
-            BarColumn(bar_width=None, complete_style=self.colour, finished_style=self.colour),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            expand=True,
-            disable=not trainer.is_global_zero,
-        )
+        self.progress = showing.line_of(trainer, f"{self.run.name:<17}", self.colour)
         self.task = self.progress.add_task("", total=trainer.max_epochs)
         self.progress.start()
         self.started = time.perf_counter()
@@ -183,18 +167,6 @@ class Recorder(Callback):
         return Run(**json.loads(self.file.read_text()))
 
 
-def loggers(name: str, store: Path) -> list[Logger]:
-    """Weights & Biases, offline unless WANDB_MODE says otherwise, and a table."""
-    return [
-        WandbLogger(name=name, project="fulgurite", group=store.name, save_dir=store),
-        CSVLogger(save_dir=store, name=slug(name)),
-    ]
-
-
-def slug(name: str) -> str:
-    return name.lower().replace(" ", "_")
-
-
 def line(axes: Axes, run: Run, metric: str, colour: str, **style: Any) -> None:
     """A metric against rounds, where the training has it."""
     if metric in run.rounds:
@@ -202,17 +174,5 @@ def line(axes: Axes, run: Run, metric: str, colour: str, **style: Any) -> None:
 
 
 def against_rounds(axes: Axes, title: str, **settings: Any) -> None:
-    axes.set(xlabel="rounds", xlim=(0, None), **settings)
-    axes.set_title(title, fontsize="medium", loc="left")
+    showing.panel(axes, title, xlabel="rounds", xlim=(0, None), **settings)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e7eb", linewidth=0.6)
-
-
-def quiet() -> None:
-    """Silences what a newcomer cannot act on; what the strategies themselves warn of still shows."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data are in memory
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    wandb.setup()  # takes WANDB_SILENT to heart before it validates what Lightning passes to it

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import showing
 import torch
 import torch.nn.functional as F
 import wandb
-from digits import CLASSES, Digits, against_rounds, loggers, quiet
+from digits import CLASSES, Digits
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
@@ -115,7 +116,7 @@ def main(
         seed: of the split, the initial weights, the irrelevant inputs and the order of the data.
         folder: where ``runs/exponentiated_gradient`` goes.
     """
-    quiet()
+    showing.quiet()
     console = Console(highlight=False)
     store = folder / "runs" / "exponentiated_gradient"
     store.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def main(
                 max_epochs=epochs,
                 num_sanity_val_steps=0,
                 callbacks=[DaleLaw(every_n_steps=steps), Recorder(runs)],
-                logger=loggers(f"{name} {count}", store),
+                logger=showing.loggers(f"{name} {count}", store),
                 log_every_n_steps=steps,
                 enable_checkpointing=False,
                 enable_model_summary=False,
@@ -200,10 +201,9 @@ def draw(runs: list[Run]) -> Figure:
     for run in shown:
         histogram(weights, run.last, run.name, color=COLOURS[run.name])
     histogram(weights, shown[0].first, "at first", color="black", linewidth=0.8)
-    against_rounds(accuracy, "Accuracy", ylim=(0.7, 1), ylabel="share of held-out digits read rightly")
-    against_rounds(flips, "Weights that changed\ntheir sign", ylim=(-0.5, None), ylabel="%")
-    for axes in (accuracy, flips):
-        axes.set_xlabel("epochs")
+    by_epoch: dict[str, Any] = {"xlabel": "epochs", "xlim": (0, None)}
+    showing.panel(accuracy, "Accuracy", ylim=(0.7, 1), ylabel="share of held-out digits read rightly", **by_epoch)
+    showing.panel(flips, "Weights that changed\ntheir sign", ylim=(-0.5, None), ylabel="%", **by_epoch)
     accuracy.legend(frameon=False, loc="lower right", fontsize="small")
     weights.set_title(f"First layer's weights, {most}\nirrelevant inputs", fontsize="medium", loc="left")
     weights.set(xlabel="log10 |w|", yticks=[])

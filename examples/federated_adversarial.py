@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from digits import CLASSES, DEVICES, Classifier, Digits, Recorder, Run, against_rounds, line, loggers, quiet
+import showing
+from digits import CLASSES, DEVICES, Classifier, Digits, Recorder, Run, against_rounds, line
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import OptimizerCallable
@@ -62,7 +63,7 @@ def main(
         seed: of the split, the clients, the initial weights and the order of the data.
         folder: where ``runs/federated_adversarial`` goes.
     """
-    quiet()
+    showing.quiet()
     console = Console(highlight=False)
     store = folder / "runs" / "federated_adversarial"
     store.mkdir(parents=True, exist_ok=True)
@@ -77,18 +78,8 @@ def main(
     )
     same: dict[str, Any] = {"partition": parts, "clients_per_round": clients_per_round, "local_steps": local_steps}
     same |= {"seed": seed, "start_method": "fork"}
-    attack = PGD(eps, step_size=eps / 4, steps=7)
-    sgd, fedspeed = partial(SGD, lr=lr), partial(FedSpeed, lr=lr, lam=lam, rho=rho)
-    trainings: dict[str, tuple[FederatedStrategy, OptimizerCallable]] = {
-        "FedAvg": (FederatedStrategy(**same), sgd),
-        "FAL": (FederatedAdversarialStrategy(attack=attack, **same), sgd),
-        "FAL with FedSpeed": (
-            FederatedAdversarialStrategy(attack=attack, server_optimizer=FedSpeedServer, **same),
-            fedspeed,
-        ),
-    }
     runs: list[Run] = []
-    for name, (strategy, optimizer) in trainings.items():
+    for name, (strategy, optimizer) in trainings(eps, lr, lam, rho, same).items():
         seed_everything(seed, verbose=False)
         recorder = Recorder(name, COLOURS[name], SHOWN, runs, partial(draw, counts=counts), store)
         trainer = Trainer(
@@ -99,7 +90,7 @@ def main(
             check_val_every_n_epoch=validate_every,
             num_sanity_val_steps=0,
             callbacks=[RobustValidation(PGD(eps, step_size=eps / 10, steps=20)), recorder],
-            logger=loggers(name, store),
+            logger=showing.loggers(name, store),
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -109,12 +100,22 @@ def main(
         trainer.fit(Classifier(optimizer), data)
         runs = [*runs, recorder.read()]
     draw(runs, counts).savefig(store / "federated_adversarial.png")
-    console = Console(highlight=False)
     console.print(table(runs, eps))
-    console.print(
-        f"Figure               {store / 'federated_adversarial.png'}", f"Records              {store}", sep="\n"
-    )
+    console.print(f"Figure       {store / 'federated_adversarial.png'}", f"Records      {store}", sep="\n")
     return runs
+
+
+def trainings(
+    eps: float, lr: float, lam: float, rho: float, same: dict[str, Any]
+) -> dict[str, tuple[FederatedStrategy, OptimizerCallable]]:
+    """By name, what trains, and by which optimizer its clients do."""
+    attacked = same | {"attack": PGD(eps, step_size=eps / 4, steps=7)}
+    sgd, fedspeed = partial(SGD, lr=lr), partial(FedSpeed, lr=lr, lam=lam, rho=rho)
+    return {
+        "FedAvg": (FederatedStrategy(**same), sgd),
+        "FAL": (FederatedAdversarialStrategy(**attacked), sgd),
+        "FAL with FedSpeed": (FederatedAdversarialStrategy(server_optimizer=FedSpeedServer, **attacked), fedspeed),
+    }
 
 
 def table(runs: list[Run], eps: float) -> Table:

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from digits import DEVICES, Classifier, Digits, Recorder, Run, against_rounds, line, loggers, quiet
+import showing
+from digits import DEVICES, Classifier, Digits, Recorder, Run, against_rounds, line
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import OptimizerCallable
@@ -60,7 +61,7 @@ def main(
         seed: of the split, the clients, the initial weights and the order of the data.
         folder: where ``runs/fedspeed`` goes.
     """
-    quiet()
+    showing.quiet()
     console = Console(highlight=False)
     store = folder / "runs" / "fedspeed"
     store.mkdir(parents=True, exist_ok=True)
@@ -78,13 +79,11 @@ def main(
         "seed": seed,
         "start_method": "fork",
     }
-    steps: dict[str, float] = {"lr": lr, "weight_decay": weight_decay}
+    sgd = partial(SGD, lr=lr, weight_decay=weight_decay)
+    fedspeed = partial(FedSpeed, lr=lr, lam=lam, rho=rho, weight_decay=weight_decay)
     trainings: dict[str, tuple[FederatedStrategy, OptimizerCallable]] = {
-        "FedAvg": (FederatedStrategy(**same), partial(SGD, **steps)),
-        "FedSpeed": (
-            FederatedStrategy(server_optimizer=FedSpeedServer, **same),
-            partial(FedSpeed, lam=lam, rho=rho, **steps),
-        ),
+        "FedAvg": (FederatedStrategy(**same), sgd),
+        "FedSpeed": (FederatedStrategy(server_optimizer=FedSpeedServer, **same), fedspeed),
     }
     runs: list[Run] = []
     for name, (strategy, optimizer) in trainings.items():
@@ -99,7 +98,7 @@ def main(
             num_sanity_val_steps=0,
             gradient_clip_val=10.0,
             callbacks=recorder,
-            logger=loggers(name, store),
+            logger=showing.loggers(name, store),
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,

@@ -9,10 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import showing
 import torch
 import torch.nn.functional as F
 import wandb
-from digits import CLASSES, Digits, loggers, quiet
+from digits import CLASSES, Digits
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
@@ -72,9 +73,11 @@ def main(
     Returns:
         For each training its ``history``, an event an epoch, and its training ``accuracy``.
     """
-    quiet()
+    showing.quiet()
     console = Console(highlight=False)
     store = folder / "runs" / "gradient_coherence"
+    store.mkdir(parents=True, exist_ok=True)
+    console.print(f"\n[bold]Fulgurite[/]: of {images} images, how many profit from a step on one of them?\n")
     pixels, digits = (tensor[:images] for tensor in Digits(seed=seed).train.tensors)
     lots = torch.randint(CLASSES, (images,), generator=torch.Generator().manual_seed(seed))
     steps = images // BATCH_SIZE
@@ -88,7 +91,7 @@ def main(
             devices=1,
             max_epochs=epochs,
             callbacks=coherence,
-            logger=loggers(name, store),
+            logger=showing.loggers(name, store),
             log_every_n_steps=steps,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -99,9 +102,7 @@ def main(
         wandb.finish()
         runs[name] = {"history": coherence.history, "accuracy": module.accuracy}
     draw(runs).savefig(store / "gradient_coherence.png")
-    console.print(
-        f"\n[bold]Fulgurite[/]: of {images} images, how many profit from a step on one of them?\n", table(runs)
-    )
+    console.print(table(runs))
     console.print(f"Figure       {store / 'gradient_coherence.png'}", f"Records      {store}", sep="\n")
     return runs
 
@@ -126,15 +127,9 @@ def draw(runs: dict[str, Any]) -> Figure:
         coherence.plot(range(len(values)), values, color=COLOURS[name], label=name)
         accuracy.plot(range(1, len(run["accuracy"]) + 1), run["accuracy"], color=COLOURS[name], label=name)
     coherence.axhline(1, color="#6b7280", linewidth=0.8, linestyle="--")
-    coherence.set(yscale="log", ylabel="m-coherence", xlabel="epoch")
-    coherence.set_title(
-        "Images that profit from a step on one\n(dashed: each is learnt alone)", fontsize="medium", loc="left"
-    )
-    accuracy.set(ylim=(0, 1.02), ylabel="share of labels learnt", xlabel="epoch")
-    accuracy.set_title("Learnt by heart", fontsize="medium", loc="left")
-    for axes in (coherence, accuracy):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e5e7eb", linewidth=0.6)
+    title = "Images that profit from a step on one\n(dashed: each is learnt alone)"
+    showing.panel(coherence, title, yscale="log", ylabel="m-coherence", xlabel="epoch")
+    showing.panel(accuracy, "Learnt by heart", ylim=(0, 1.02), ylabel="share of labels learnt", xlabel="epoch")
     accuracy.legend(frameon=False, loc="lower right")
     return figure
 

@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import showing
 import torch
 import torch.nn.functional as F
 import wandb
-from digits import CLASSES, loggers, quiet
+from digits import CLASSES
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -57,13 +57,14 @@ class SoftmaxRegression(LightningModule):
 
 @dataclass
 class Run:
-    """The gradient's norm wherever it was computed, and the seconds and units before it."""
+    """The gradient's norm wherever it was computed, and the seconds and units before it; accuracy at the end."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
     units: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     steps: int = 0
+    accuracy: float = 0.0
 
 
 class Watch(Callback):
@@ -116,7 +117,7 @@ def main(
         seed: of the split.
         folder: where ``runs/gradient_regularized_newton`` goes.
     """
-    quiet()
+    showing.quiet()
     torch.set_num_threads(1)
     console = Console(highlight=False)
     store = folder / "runs" / "gradient_regularized_newton"
@@ -133,10 +134,6 @@ def main(
         "GradientRegularizedNewton": partial(GradientRegularizedNewton, max_krylov=max_krylov),
     }
     runs: list[Run] = []
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for heading in ("steps", "gradient\nunits", "seconds", "smallest\ngradient", "held-out\naccuracy"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for name, optimizer in optimizers.items():
         seed_everything(seed, verbose=False)
         runs.append(Run(name))
@@ -146,7 +143,7 @@ def main(
             devices=1,
             max_epochs=-1,
             callbacks=Watch(runs[-1], target, seconds),
-            logger=loggers(name, store),
+            logger=showing.loggers(name, store),
             log_every_n_steps=1 if name != "Adam" else 100,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -155,18 +152,30 @@ def main(
         )
         batch = (images[train], labels[train])
         trainer.fit(module, DataLoader([batch] * 100, batch_size=None))
-        accuracy = (module.linear(images[held_out]).argmax(1) == labels[held_out]).double().mean()
-        table.add_row(f"[bold {COLOURS[name]}]{name}", *row(runs[-1]), f"{accuracy:.3f}")
+        runs[-1].accuracy = (module.linear(images[held_out]).argmax(1) == labels[held_out]).double().mean().item()
         log_figure(trainer, "newton/gradient_norm", draw(runs))
         wandb.finish()
     draw(runs).savefig(store / "gradient_regularized_newton.png")
-    console.print(table)
+    console.print(table(runs))
     console.print(f"Figure       {store / 'gradient_regularized_newton.png'}", f"Logs         {store}", sep="\n")
     return runs
 
 
-def row(run: Run) -> list[str]:
-    return [f"{run.steps:,}", f"{run.units[-1]:,.0f}", f"{run.seconds[-1]:.1f}", f"{min(run.norms):.0e}"]
+def table(runs: list[Run]) -> Table:
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column("", no_wrap=True)
+    for heading in ("steps", "gradient\nunits", "seconds", "smallest\ngradient", "held-out\naccuracy"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        result.add_row(
+            f"[bold {COLOURS[run.name]}]{run.name}",
+            f"{run.steps:,}",
+            f"{run.units[-1]:,.0f}",
+            f"{run.seconds[-1]:.1f}",
+            f"{min(run.norms):.0e}",
+            f"{run.accuracy:.3f}",
+        )
+    return result
 
 
 def draw(runs: list[Run]) -> Figure:
@@ -176,21 +185,15 @@ def draw(runs: list[Run]) -> Figure:
         smallest = torch.tensor(run.norms).cummin(0).values
         by_seconds.plot(run.seconds, smallest, color=COLOURS[run.name], label=run.name)
         by_units.plot(run.units, smallest, color=COLOURS[run.name], label=run.name)
-    style(by_seconds, "By time, under a Trainer on one core", "seconds")
-    style(by_units, f"By work: a gradient is 1, a product with the curvature {PRODUCT}", "gradient units")
-    by_seconds.set(yscale="log", ylabel="smallest norm of the gradient so far")
+    showing.panel(by_seconds, "By time, under a Trainer on one core", xlabel="seconds", yscale="log")
+    by_seconds.set_ylabel("smallest norm of the gradient so far")
+    title = f"By work: a gradient is 1, a product with the curvature {PRODUCT}"
+    showing.panel(by_units, title, xlabel="gradient units")
     ends = [run for run in runs if run.name != "Adam"] or runs  # Adam goes on and on
     by_seconds.set_xlim(0, 2.5 * max(run.seconds[-1] for run in ends))
     by_units.set_xlim(0, 1.5 * max(run.units[-1] for run in ends))
     by_units.legend(frameon=False, loc="upper right")
     return figure
-
-
-def style(axes: Axes, title: str, xlabel: str) -> None:
-    axes.set(xlabel=xlabel)
-    axes.set_title(title, fontsize="medium", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e7eb", linewidth=0.6)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from digits import loggers, quiet
-from jsonargparse import auto_cli
-
-import torch  # isort: skip  digits.py sets the number of threads
+import showing
+import torch
 import torch.nn.functional as F
 import wandb
+from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -87,7 +87,7 @@ def train(
         max_steps=steps,
         max_epochs=-1,
         callbacks=watch,
-        logger=loggers("digits", store) if watch is not None and watch.figure else False,
+        logger=showing.loggers("digits", store) if watch is not None and watch.figure else False,
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -118,10 +118,12 @@ def main(
         seed: of the images, the initial weights and the order of the data.
         folder: where ``runs/hessian_spectrum`` goes.
     """
-    quiet()
-    console, found = Console(highlight=False), Found()
+    showing.quiet()
+    console = Console(highlight=False)
     store = folder / "runs" / "hessian_spectrum"
     store.mkdir(parents=True, exist_ok=True)
+    console.print("\n[bold]Fulgurite[/]: the Hessian of networks that read digits, few kinds or all ten.\n")
+    found = Found()
     for count in classes:
         seed_everything(seed, verbose=False)
         data = images_of(count, 300, seed)
@@ -184,44 +186,47 @@ def table(spectra: dict[int, SpectrumRecord]) -> Table:
 def draw(found: Found) -> Figure:
     figure = Figure(figsize=(10, 3.4), dpi=160, layout="constrained")
     top, density, line = figure.subplots(1, 3)
-    for colour, (count, record) in zip(COLOURS, found.spectra.items(), strict=False):
-        values = record.eigenvalues[:12].clamp(min=0)
-        outliers = int(record.scalars["outliers"])
-        place = range(1, len(values) + 1)
-        top.plot(place, values, "-", color=colour, linewidth=1, label=f"{count} digits")
-        top.plot(place[:outliers], values[:outliers], "o", color=colour, markersize=5)
-        top.plot(place[outliers:], values[outliers:], "o", color=colour, markersize=4, markerfacecolor="white")
-    top.set(xlabel="place", ylabel="eigenvalue", yscale="log", xticks=range(1, 13), ylim=(1e-5, 20))
-    top.set_title("Top eigenvalues; filled: outliers", fontsize="medium", loc="left")
-    top.legend(frameon=False, loc="upper right", ncols=2)
-    for record, colour, name in zip(
-        found.solutions, (LARGE, SMALL), ("large batches", "then small ones"), strict=False
-    ):
-        nodes = record.measure.nodes
-        low, high = float(nodes.min()), float(nodes.max())
-        grid = torch.linspace(low - 0.3, high + 0.3, 2000, dtype=torch.float64)
-        density.plot(grid, record.measure.density(grid, 0.05), color=colour, label=name)
-        density.plot(
-            record.eigenvalues,
-            [0.02] * len(record.eigenvalues),
-            "|",
-            transform=density.get_xaxis_transform(),
-            color=colour,
-        )
-    density.set(xlabel="eigenvalue", ylabel="density", yscale="log", ylim=(1e-5, 20))
-    density.set_title("10 digits: density, and top eigenvalues", fontsize="medium", loc="left")
-    for (name, path), colour in zip(found.paths.items(), (SMALL, OTHER), strict=False):
-        line.plot(path.t, path.loss, color=colour, label=name)
-    line.set(xlabel="t, from the large-batch solution", ylabel="loss", xlim=(0, 1))
-    line.set_title("Loss on the line to a solution", fontsize="medium", loc="left")
-    if found.paths:
-        line.set_ylim(0, 1.4 * line.dataLim.y1)  # room for the legend
-    for axes in (density, line):
-        if axes.lines:
-            axes.legend(frameon=False, loc="upper right" if axes is density else "upper left")
+    draw_top(top, found.spectra)
+    draw_densities(density, found.solutions)
+    draw_paths(line, found.paths)
     for axes in (top, density, line):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def draw_top(axes: Axes, spectra: dict[int, SpectrumRecord]) -> None:
+    for colour, (count, record) in zip(COLOURS, spectra.items(), strict=False):
+        values = record.eigenvalues[:12].clamp(min=0)
+        outliers = int(record.scalars["outliers"])
+        place = range(1, len(values) + 1)
+        axes.plot(place, values, "-", color=colour, linewidth=1, label=f"{count} digits")
+        axes.plot(place[:outliers], values[:outliers], "o", color=colour, markersize=5)
+        axes.plot(place[outliers:], values[outliers:], "o", color=colour, markersize=4, markerfacecolor="white")
+    axes.set(xlabel="place", ylabel="eigenvalue", yscale="log", xticks=range(1, 13), ylim=(1e-5, 20))
+    axes.set_title("Top eigenvalues; filled: outliers", fontsize="medium", loc="left")
+    axes.legend(frameon=False, loc="upper right", ncols=2)
+
+
+def draw_densities(axes: Axes, solutions: list[SpectrumRecord]) -> None:
+    for record, colour, name in zip(solutions, (LARGE, SMALL), ("large batches", "then small ones"), strict=False):
+        nodes, top = record.measure.nodes, record.eigenvalues
+        grid = torch.linspace(float(nodes.min()) - 0.3, float(nodes.max()) + 0.3, 2000, dtype=torch.float64)
+        axes.plot(grid, record.measure.density(grid, 0.05), color=colour, label=name)
+        axes.plot(top, [0.02] * len(top), "|", transform=axes.get_xaxis_transform(), color=colour)
+    axes.set(xlabel="eigenvalue", ylabel="density", yscale="log", ylim=(1e-5, 20))
+    axes.set_title("10 digits: density, and top eigenvalues", fontsize="medium", loc="left")
+    if solutions:
+        axes.legend(frameon=False, loc="upper right")
+
+
+def draw_paths(axes: Axes, paths: dict[str, PathResult]) -> None:
+    for (name, path), colour in zip(paths.items(), (SMALL, OTHER), strict=False):
+        axes.plot(path.t, path.loss, color=colour, label=name)
+    axes.set(xlabel="t, from the large-batch solution", ylabel="loss", xlim=(0, 1))
+    axes.set_title("Loss on the line to a solution", fontsize="medium", loc="left")
+    if paths:
+        axes.set_ylim(0, 1.4 * axes.dataLim.y1)  # room for the legend
+        axes.legend(frameon=False, loc="upper left")
 
 
 if __name__ == "__main__":

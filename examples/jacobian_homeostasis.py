@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import showing
 import torch
 import torch.nn.functional as F
 import wandb
-from digits import CLASSES, Digits, loggers, quiet
+from digits import CLASSES, Digits
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -116,7 +117,7 @@ def main(
         seed: of the split, the weights and the order of the data.
         folder: where ``runs/jacobian_homeostasis`` goes.
     """
-    quiet()
+    showing.quiet()
     console = Console(highlight=False)
     store = folder / "runs" / "jacobian_homeostasis"
     store.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,7 @@ def main(
             devices=1,
             max_epochs=epochs,
             callbacks=[homeostasis, Recorder(run, runs)],
-            logger=loggers(name.replace(",", ""), store),
+            logger=showing.loggers(name.replace(",", ""), store),
             log_every_n_steps=10,
             num_sanity_val_steps=0,
             enable_checkpointing=False,
@@ -180,14 +181,11 @@ def draw(runs: list[Run]) -> Figure:
     panels[2].set(yscale="log")
     titles = ("Held-out accuracy", "Cosine of response and exact error", "Homeostatic loss")
     for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, fontsize="medium", loc="left")
-        axes.set(xlabel="optimizer steps", xlim=(0, 1.03 * panels[0].dataLim.x1))
+        showing.panel(axes, title, xlabel="optimizer steps", xlim=(0, 1.03 * panels[0].dataLim.x1))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e5e7eb", linewidth=0.6)
     panels[0].legend(frameon=False, loc="lower right")
     return figure
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

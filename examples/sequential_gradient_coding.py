@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from digits import Classifier, Digits, loggers, quiet, slug
-from jsonargparse import auto_cli
-
-import torch  # isort: skip  digits.py sets the number of threads
+import showing
+import torch
 import torch.nn.functional as F
 import wandb
+from digits import Classifier, Digits
+from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import Strategy
 from matplotlib.axes import Axes
@@ -27,7 +27,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fulgurite.callbacks import log_figure
@@ -69,18 +68,10 @@ class Recorder(Callback):
 
     def __init__(self, name: str, earlier: list[Run], store: Path, seconds_per_load: float) -> None:
         self.run, self.earlier, self.seconds_per_load = Run(name), earlier, seconds_per_load
-        self.file, self.delays = store / f"{slug(name)}.json", store / f"{slug(name)}.csv"
+        self.file, self.delays = (store / f"{showing.slug(name)}.{suffix}" for suffix in ("json", "csv"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.progress = Progress(
-            TextColumn(f"{self.run.name:<12}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            expand=True,
-            disable=not trainer.is_global_zero,
-        )
+        self.progress = showing.line_of(trainer, f"{self.run.name:<12}", COLOURS[len(self.earlier)])
         self.task = self.progress.add_task("", total=trainer.estimated_stepping_batches)
         self.progress.start()
         self.started = time.perf_counter()
@@ -143,7 +134,7 @@ def main(
         seed: of delays, split, initial weights and order of the data.
         folder: where ``runs/sequential_gradient_coding`` goes.
     """
-    quiet()
+    showing.quiet()
     console = Console(highlight=False)
     store = folder / "runs" / "sequential_gradient_coding"
     store.mkdir(parents=True, exist_ok=True)
@@ -168,7 +159,7 @@ def main(
             limit_train_batches=steps,
             num_sanity_val_steps=0,
             callbacks=recorder,
-            logger=loggers(name, store),
+            logger=showing.loggers(name, store),
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -256,11 +247,8 @@ def draw(runs: list[Run]) -> Figure:
     loss = figure.add_subplot(grid[:, 1])
     for colour, run in zip(COLOURS, runs, strict=False):
         loss.plot(run.at_s, run.losses, color=colour, label=run.name)
-    loss.set(xlabel="seconds", xlim=(0, None), ylim=(0, None))
-    loss.set_title("Loss of the batch", fontsize="medium", loc="left")
+    showing.panel(loss, "Loss of the batch", xlabel="seconds", xlim=(0, None), ylim=(0, None))
     loss.legend(frameon=False, loc="upper right")
-    loss.spines[["top", "right"]].set_visible(False)
-    loss.grid(color="#e5e7eb", linewidth=0.6)
     return figure
 
 

@@ -26,9 +26,10 @@ from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
 
+import showing
 import wandb
 import yaml
-from digits import Classifier, Digits, quiet
+from digits import Classifier, Digits
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -168,7 +169,7 @@ def draw(stored: Stored, files: Path) -> Figure:
 
 def main(args: list[str] | None = None) -> Stored:
     """Runs the command in ``args``, or in the command line where there are none, and returns what W&B has of it."""
-    quiet()
+    showing.quiet()
     cli = WalkthroughCLI(
         Classifier, Digits, args=args, save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}
     )

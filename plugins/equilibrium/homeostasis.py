@@ -138,6 +138,9 @@ def attach_loss(out: Tensor, loss: Tensor, weight: Tensor | float) -> Tensor:
         out: any tensor that the loss will depend on.
         loss: the penalty, ``()``.
         weight: its factor; no gradient flows into it.
+
+    Raises:
+        ValueError: ``loss`` is no scalar.
     """
     if loss.dim():
         raise ValueError(f"`loss` must be a scalar, got the shape {tuple(loss.shape)}: take its mean or its sum")

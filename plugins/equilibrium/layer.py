@@ -21,16 +21,19 @@ _NO_SECOND = "EquilibriumLayer has no second derivative with `gradient` 'ep' or 
 
 
 class Backward(NamedTuple):
-    """What a backward pass by ``"ep"`` or ``"adjoint"`` saw and found, each without a graph."""
+    """What a backward pass by ``"ep"`` or ``"adjoint"`` saw and found, each without a graph.
+
+    Attributes:
+        state: ``(B, n)``.
+        input: ``(B, ...)``, in the type of the state.
+        signal: the gradients that came in, each of unit length, ``(B, n)``.
+        response: to the signal, ``(B, n)``.
+    """
 
     state: Tensor
-    """``(B, n)``."""
     input: Tensor
-    """``(B, ...)``, in the type of the state."""
     signal: Tensor
-    """The gradients that came in, each of unit length, ``(B, n)``."""
     response: Tensor
-    """To the signal, ``(B, n)``."""
 
 
 class EquilibriumLayer(nn.Module):

@@ -17,6 +17,9 @@ class SoftmaxPool2d(nn.Module):
     Args:
         kernel_size: edge of a window, at least 1.
         temperature: t, above 0; towards 0 it is the maximum, towards infinity the mean.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     def __init__(self, kernel_size: int = 2, temperature: float = 1.0) -> None:

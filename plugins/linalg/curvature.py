@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import one_hot
 
-from fulgurite.plugins.linalg.distributed import Peers
+from fulgurite.plugins.linalg.distributed import Peers, in_pieces
 from fulgurite.plugins.linalg.module_loss import ModuleLoss
 from fulgurite.plugins.linalg.operators import CurvatureOperator
 from fulgurite.plugins.linalg.record import LossCall, LossGraph, edge_of, walk
@@ -217,6 +216,10 @@ class FisherOperator(GGNOperator):
         generator: draws a seed; None for torch's own.
         group: the data-parallel ranks; None for all.
         sync: False for this rank's loss alone.
+
+    Raises:
+        ValueError: for an argument out of its range, for outputs of which a row is not a sample, for ``"mc"`` with
+            another loss, and as :class:`GGNOperator`.
     """
 
     def __init__(
@@ -231,7 +234,7 @@ class FisherOperator(GGNOperator):
         sync: bool = True,
     ) -> None:
         if kind not in ("empirical", "mc"):
-            raise ValueError(f"`kind` is 'empirical' or 'mc', got {kind!r}")
+            raise ValueError(f"`kind` must be 'empirical' or 'mc', got {kind!r}")
         if n_samples < 1:
             raise ValueError(f"`n_samples` counts draws and must be at least 1, got {n_samples}")
         super().__init__(source, params, group=group, sync=sync)
@@ -341,7 +344,7 @@ def _check_params(params: list[Tensor]) -> None:
     if not params:
         raise ValueError("`params` is empty: the loss depends on no parameter that requires a gradient")
     for param in params:
-        if isinstance(param, DTensor) or hasattr(param, "_is_flat_param") or hasattr(param, "ds_id"):
+        if in_pieces(param):
             raise ValueError(
                 "`params` are held in pieces by FSDP, tensor parallelism or DeepSpeed: train with DDP, or take the "
                 "curvature of a copy under DDP"

@@ -5,7 +5,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
+
+
+def in_pieces(param: Tensor) -> bool:
+    """Whether FSDP, tensor parallelism or DeepSpeed divide a parameter among ranks."""
+    return isinstance(param, DTensor) or hasattr(param, "_is_flat_param") or hasattr(param, "ds_id")
 
 
 class Peers:

@@ -47,7 +47,7 @@ def example_gradients(
         ValueError: an argument out of its range.
     """
     if unsupported not in ("vmap", "skip", "error"):
-        raise ValueError(f"`unsupported` is 'vmap', 'skip' or 'error', got {unsupported!r}")
+        raise ValueError(f"`unsupported` must be 'vmap', 'skip' or 'error', got {unsupported!r}")
     if batch_dim < 0 or max_bytes < 1:
         raise ValueError(f"`batch_dim` and `max_bytes` must be at least 0 and 1, got {batch_dim} and {max_bytes}")
     watch = _Watch(module, visit, batch_dim, max_bytes, unsupported, only)

@@ -176,6 +176,9 @@ class LanczosResult:
         Args:
             y: coefficients.
             whole: all rows of it; False for those of this rank where the basis is sharded.
+
+        Raises:
+            ValueError: without a basis.
         """
         if self.basis is None:
             raise ValueError('`basis="none"` keeps no vectors: take "full" or "sharded"')
@@ -255,11 +258,14 @@ def lanczos(
         basis: where the vectors are: whole on each rank; ``"sharded"``, rows of them on each, which takes as much
             traffic and a W-th of the memory; ``"none"``, nowhere, without re-orthogonalisation.
         generator: draws the start vector, on rank 0.
+
+    Raises:
+        ValueError: for an argument out of its range.
     """
     if n_iter < 1:
         raise ValueError(f"`n_iter` counts products and must be at least 1, got {n_iter}")
     if basis not in ("full", "sharded", "none"):
-        raise ValueError(f"`basis` is 'full', 'sharded' or 'none', got {basis!r}")
+        raise ValueError(f"`basis` must be 'full', 'sharded' or 'none', got {basis!r}")
     start = draw(op, "gaussian", generator) if v0 is None else v0.to(op.dtype)
     return LanczosResult(op, start, reorthogonalize, basis).extend(n_iter)
 
@@ -302,11 +308,14 @@ def eigsh(
         v0: start vector, such as a sum of earlier eigenvectors; None draws one.
         basis: as in :func:`lanczos`.
         generator: draws vectors, on rank 0.
+
+    Raises:
+        ValueError: for an argument out of its range.
     """
     if not 1 <= k <= op.shape[0]:
         raise ValueError(f"`k` counts eigenpairs and must be from 1 to {op.shape[0]}, got {k}")
     if which not in ("LA", "SA", "LM"):
-        raise ValueError(f"`which` is 'LA', 'SA' or 'LM', got {which!r}")
+        raise ValueError(f"`which` must be 'LA', 'SA' or 'LM', got {which!r}")
     limit = min(op.shape[0], max(k, 10 * k + 100 if n_iter is None else n_iter))
     result = lanczos(op, min(limit, 2 * k + 8), v0=v0, basis=basis, generator=generator)
     while True:

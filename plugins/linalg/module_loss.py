@@ -33,6 +33,10 @@ class ModuleLoss:
         frozen: put back what the step changes: buffers, metrics, generators; logs are muted.
         context: entered around each step, such as autocast.
         seed: other random numbers for another one, such as the number of the optimizer's step.
+
+    Raises:
+        ValueError: for a compiled module, or one without the step; for no batches, or weights of another number; where
+            the step is run, and returns no loss.
     """
 
     def __init__(

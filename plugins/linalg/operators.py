@@ -158,11 +158,14 @@ class LowRankOperator(CurvatureOperator):
     Args:
         u: ``(P, r)``, such as eigenvectors.
         s: ``(r,)``, such as eigenvalues.
+
+    Raises:
+        ValueError: for other shapes.
     """
 
     def __init__(self, u: Tensor, s: Tensor) -> None:
         if u.dim() != 2 or s.shape != u.shape[1:]:
-            raise ValueError(f"`u` is (P, r) and `s` is (r,), got {tuple(u.shape)} and {tuple(s.shape)}")
+            raise ValueError(f"`u` and `s` must be (P, r) and (r,), got {tuple(u.shape)} and {tuple(s.shape)}")
         super().__init__(len(u), u.dtype, u.device)
         self.u, self.s = u, s
 
@@ -179,6 +182,9 @@ class DenseOperator(CurvatureOperator):
 
     Args:
         a: ``(P, P)``.
+
+    Raises:
+        ValueError: for another shape.
     """
 
     def __init__(self, a: Tensor) -> None:

@@ -47,6 +47,9 @@ def connecting_path(
         b: likewise.
         n_points: from a to b, at least 2.
         group: the data-parallel ranks; None for all.
+
+    Raises:
+        ValueError: for ``n_points`` below 2, and for points with another number of parameters.
     """
     if n_points < 2:
         raise ValueError(f"`n_points` counts both ends and must be at least 2, got {n_points}")

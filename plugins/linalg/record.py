@@ -133,7 +133,7 @@ class record_loss(TorchFunctionMode):  # noqa: N801, RUF100  reads as a verb: `w
     def __init__(self, outputs: Outputs = "loss_input", *, double_backward: bool = True) -> None:
         super().__init__()
         if not (outputs in ("loss_input", None) or isinstance(outputs, nn.Module)):
-            raise ValueError(f"`outputs` is 'loss_input', a submodule or None, got {outputs!r}")
+            raise ValueError(f"`outputs` must be 'loss_input', a submodule or None, got {outputs!r}")
         self._watched, self._double_backward = outputs, double_backward
         self._root: Tensor | None = None
         self._params: list[nn.Parameter] = []

@@ -89,8 +89,11 @@ def slq(
         basis: as in :func:`lanczos`; ``"none"`` saves the memory; ghosts share the weight of their eigenvalue.
         keep_lanczos: keep each probe's run, with its basis, in ``runs``.
         generator: draws on rank 0.
+
+    Raises:
+        ValueError: for no probe, and as :func:`lanczos`.
     """
-    _check_probes(n_probes)
+    check_probes(n_probes)
     total: SpectralMeasure | None = None
     for _ in range(n_probes):
         run = lanczos(op, n_iter, v0=draw(op, distribution, generator), basis=basis)
@@ -109,7 +112,7 @@ def hutchinson_trace(
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
     """The trace and its standard error, from ``P v' A v`` of random vectors of norm 1 (Hutchinson 1990)."""
-    _check_probes(n_probes)
+    check_probes(n_probes)
     probes = (draw(op, distribution, generator) for _ in range(n_probes))
     mean, error = _estimate(torch.stack([(probe @ op.matvec(probe)).double() for probe in probes]))
     return op.shape[0] * mean, op.shape[0] * error
@@ -123,7 +126,7 @@ def hutchinson_diagonal(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The diagonal, ``(P,)``, and its standard error, from ``P v * A v`` (Bekas, Kokiopoulou and Saad 2007)."""
-    _check_probes(n_probes)
+    check_probes(n_probes)
     total = torch.zeros(op.shape[0], dtype=op.dtype, device=op.device)
     squares = total.clone()
     for _ in range(n_probes):
@@ -136,7 +139,8 @@ def hutchinson_diagonal(
     return mean, (spread / (n_probes - 1)).sqrt() if n_probes > 1 else torch.full_like(mean, torch.nan)
 
 
-def _check_probes(n_probes: int) -> None:
+def check_probes(n_probes: int) -> None:
+    """Refuses no probe at all."""
     if n_probes < 1:
         raise ValueError(f"`n_probes` counts random vectors and must be at least 1, got {n_probes}")
 

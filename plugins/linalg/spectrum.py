@@ -14,7 +14,7 @@ from fulgurite.plugins.linalg.curvature import GGNOperator, HessianOperator, spl
 from fulgurite.plugins.linalg.distributed import Sharded, Whole
 from fulgurite.plugins.linalg.krylov import LanczosResult, eigsh
 from fulgurite.plugins.linalg.module_loss import ModuleLoss
-from fulgurite.plugins.linalg.slq import SpectralMeasure, slq
+from fulgurite.plugins.linalg.slq import SpectralMeasure, check_probes, slq
 
 _K_WITHOUT_CLASSES = 10
 
@@ -84,7 +84,7 @@ def spectrum(
         generator: draws the probes, on rank 0.
 
     Raises:
-        ValueError: for a loss that is not finite.
+        ValueError: for a loss that is not finite, and for an argument out of its range.
     """
     start = time.perf_counter()
     params = None if params is None else list(params)
@@ -103,22 +103,7 @@ def spectrum(
 
     run, measure, scalars = _probe(hessian, gauss_newton, lanczos_steps, n_probes, basis, generator)
     values, vectors, residuals = _top(hessian, run, min(wanted, size), tol, basis, previous, generator)
-    top = float(values[0])
-    magnitudes = SpectralMeasure(measure.nodes.abs(), measure.weights, size)
-    trace, trace_stderr = measure.trace()
-    mass = magnitudes.moment(1)
-    scalars |= {
-        "lambda_max": top,
-        "lambda_min": float(measure.nodes.min()),
-        "trace": trace,
-        "frobenius": (size * measure.moment(2)) ** 0.5,
-        "negative_mass": measure.integrate(lambda nodes: nodes.clamp(max=0).abs())[0] / mass if mass else 0.0,
-        "near_zero_fraction": magnitudes.integrate(lambda nodes: (nodes < near_zero * top).to(nodes))[0],
-        "bulk_median": magnitudes.quantile(0.5),
-        **outliers(values, classes),
-    }
-    if n_probes > 1:
-        scalars["trace_stderr"] = trace_stderr
+    scalars |= _summary(measure, values, near_zero) | outliers(values, classes)
     space = Sharded(hessian) if basis == "sharded" else Whole(hessian)
     if gradient_overlap:
         gradient = hessian.gradient
@@ -155,6 +140,23 @@ def outliers(values: Tensor, classes: int | None = None) -> dict[str, float]:
     return found
 
 
+def _summary(measure: SpectralMeasure, values: Tensor, near_zero: float) -> dict[str, float]:
+    """What the measure tells of H, whose largest eigenvalues are ``values``."""
+    top, size = float(values[0]), measure.size
+    magnitudes = SpectralMeasure(measure.nodes.abs(), measure.weights, size)
+    mass = magnitudes.moment(1)
+    trace, trace_stderr = measure.trace()
+    return {
+        "lambda_max": top,
+        "lambda_min": float(measure.nodes.min()),
+        "trace": trace,
+        "frobenius": (size * measure.moment(2)) ** 0.5,
+        "negative_mass": measure.integrate(lambda nodes: nodes.clamp(max=0).abs())[0] / mass if mass else 0.0,
+        "near_zero_fraction": magnitudes.integrate(lambda nodes: (nodes < near_zero * top).to(nodes))[0],
+        "bulk_median": magnitudes.quantile(0.5),
+    } | ({"trace_stderr": trace_stderr} if len(measure.nodes) > 1 else {})
+
+
 def _probe(
     hessian: HessianOperator,
     gauss_newton: GGNOperator | None,
@@ -164,6 +166,7 @@ def _probe(
     generator: torch.Generator | None,
 ) -> tuple[LanczosResult, SpectralMeasure, dict[str, float]]:
     """The longest run, the measure, and the trace of G and its distance from H on the same probes."""
+    check_probes(n_probes)
     longest: LanczosResult | None = None
     measure: SpectralMeasure | None = None
     traces, apart, norms = 0.0, 0.0, 0.0
@@ -180,8 +183,8 @@ def _probe(
             norms += float(first.square().sum())
         if longest is None or len(run) > len(longest):
             longest = run
-    if longest is None or measure is None:
-        raise ValueError(f"`n_probes` counts random vectors and must be at least 1, got {n_probes}")
+    assert longest is not None
+    assert measure is not None
     if gauss_newton is None:
         return longest, measure, {}
     scalars = {"ggn_trace": traces} | ({"residual_ratio": (apart / norms) ** 0.5} if norms else {})

@@ -46,6 +46,10 @@ class MCoherence(Metric):
         per_layer: compute one value for each key of the updates.
         **kwargs: for :class:`~torchmetrics.Metric`.
 
+    Raises:
+        ValueError: for an unknown ``normalize``.
+        RuntimeError: in ``compute``, before the first update.
+
     Example:
         >>> metric = MCoherence()
         >>> metric.update_grads(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -62,7 +66,7 @@ class MCoherence(Metric):
     def __init__(self, normalize: Normalize = "m", per_layer: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if normalize not in get_args(Normalize):
-            raise ValueError(f"`normalize` is one of {', '.join(get_args(Normalize))}, got {normalize!r}")
+            raise ValueError(f"`normalize` must be one of {get_args(Normalize)}, got {normalize!r}")
         self.normalize, self.per_layer = normalize, per_layer
         self.names: list[str] | None = None
         self.add_state("m", torch.tensor(0), dist_reduce_fx="sum")

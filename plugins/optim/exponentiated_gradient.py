@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from fulgurite.plugins.optim.other_state import refuse_other_state
+
 Zeros = Literal["error", "keep"]
 Row = tuple[Tensor, ...]  # a parameter, its gradient and its buffers
 
@@ -105,14 +107,7 @@ class ExponentiatedGradient(BaseOptimizer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for group in state_dict["param_groups"]:
-            own = self.defaults.keys() - {"betas", "differentiable"}  # torch adds the latter when a state is loaded
-            lacking = [f"`{name}`" for name in self.defaults if name in own and name not in group]
-            if lacking:
-                raise ValueError(
-                    f"`state_dict` is of another optimizer than {self}, as a group has no {', '.join(lacking)}: load "
-                    "the model's weights alone, and begin with a fresh optimizer"
-                )
+        refuse_other_state(self, state_dict, optional=["betas"])
         super().load_state_dict(state_dict)
 
     @override

@@ -13,11 +13,12 @@ from pytorch_optimizer.base.exception import NoClosureError, NoComplexParameterE
 from pytorch_optimizer.base.optimizer import BaseOptimizer
 from pytorch_optimizer.base.type import Defaults, ParamGroup, ParamsT
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from fulgurite.plugins.linalg.distributed import in_pieces
+from fulgurite.plugins.optim.other_state import refuse_other_state
 from fulgurite.plugins.quiet import quiet
 
 Server = Literal["all", "active"]
@@ -85,7 +86,7 @@ class FedSpeed(BaseOptimizer):
         round_metrics: ``fedspeed/dual_norm``, the norm of the dual variable after the last round.
 
     Raises:
-        ValueError: for an argument out of its range.
+        ValueError: for an argument out of its range; in ``load_state_dict``, for the state of another optimizer.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class FedSpeed(BaseOptimizer):
                 raise ValueError(f"`{name}` {meaning}, got {values[name]!r}")
         if any(p.is_complex() for p in group["params"]):
             raise NoComplexParameterError(str(self))
-        if any(isinstance(p, DTensor) for p in group["params"]):
+        if any(in_pieces(p) for p in group["params"]):
             raise ValueError("`params` must not be sharded: FedSpeed needs the norm of the whole gradient; use DDP")
         if lr >= group["lam"]:
             warnings.warn(
@@ -153,6 +154,11 @@ class FedSpeed(BaseOptimizer):
                 " dual variable is no average of gradients; lower `lr` or raise `lam`",
                 stacklevel=2,
             )
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        refuse_other_state(self, state_dict)
+        super().load_state_dict(state_dict)
 
     @override
     def init_group(self, group: ParamGroup, **kwargs: Any) -> None:

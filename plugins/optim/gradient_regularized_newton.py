@@ -12,7 +12,6 @@ from pytorch_optimizer.base.exception import NoClosureError
 from pytorch_optimizer.base.optimizer import BaseOptimizer
 from pytorch_optimizer.base.type import ParamGroup
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from fulgurite.plugins.linalg import (
@@ -26,9 +25,10 @@ from fulgurite.plugins.linalg import (
     lanczos,
 )
 from fulgurite.plugins.linalg.curvature import NoOutputs
-from fulgurite.plugins.linalg.distributed import Peers
+from fulgurite.plugins.linalg.distributed import Peers, in_pieces
 from fulgurite.plugins.linalg.module_loss import SkippedBatch
 from fulgurite.plugins.optim.objectives import ClosureLoss, Objective, StoredLoss
+from fulgurite.plugins.optim.other_state import refuse_other_state
 from fulgurite.plugins.optim.shifted_systems import (
     Conjugate,
     Diagonal,
@@ -161,14 +161,7 @@ class GradientRegularizedNewton(BaseOptimizer):
         Raises:
             ValueError: for the state of another optimizer.
         """
-        # "differentiable" is what torch adds to the defaults when a state is loaded.
-        names = [name for name in self.defaults if name != "differentiable"]
-        missing = [name for name in names if name not in state_dict["param_groups"][0]]
-        if missing:
-            raise ValueError(
-                f"`state_dict` is of another optimizer, it has no {missing}: load weights alone, `fit` without "
-                "`ckpt_path`"
-            )
+        refuse_other_state(self, state_dict)
         super().load_state_dict(state_dict)
         self.param_groups = [_Group(group) for group in self.param_groups]
 
@@ -191,7 +184,7 @@ class GradientRegularizedNewton(BaseOptimizer):
         for name, (holds, meaning) in rules.items():
             if not holds:
                 raise ValueError(f"`{name}` {meaning}, got {values[name]!r}")
-        if any(isinstance(p, DTensor) or hasattr(p, "_is_flat_param") or hasattr(p, "ds_id") for p in group["params"]):
+        if any(in_pieces(p) for p in group["params"]):
             raise ValueError("`params` are held in pieces by FSDP, tensor parallelism or DeepSpeed: train with DDP")
         kinds = {(p.dtype, p.device) for p in group["params"]}
         if len(kinds) > 1 or any(p.is_complex() for p in group["params"]):

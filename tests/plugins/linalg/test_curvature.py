@@ -237,7 +237,7 @@ def test_refused_draws_and_kinds() -> None:
     twice = record(net, x, y, lambda z, y: F.cross_entropy(z, y) + F.mse_loss(z, torch.zeros_like(z)))
     with pytest.raises(ValueError, match="two loss functions got the same prediction"):
         FisherOperator(twice, net.parameters())
-    with pytest.raises(ValueError, match="`kind` is"):
+    with pytest.raises(ValueError, match="`kind` must be"):
         FisherOperator(graph, net.parameters(), "exact")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`n_samples` counts draws"):
         FisherOperator(graph, net.parameters(), "mc", 0)

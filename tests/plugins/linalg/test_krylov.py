@@ -226,10 +226,10 @@ def test_refusals(b: Tensor) -> None:
     op = DenseOperator(matrix())
     with pytest.raises(ValueError, match="`n_iter` counts products"):
         lanczos(op, 0)
-    with pytest.raises(ValueError, match="`basis` is"):
+    with pytest.raises(ValueError, match="`basis` must be"):
         lanczos(op, 3, basis="half")  # type: ignore[arg-type]
     for k in (0, 13):
         with pytest.raises(ValueError, match=f"from 1 to 12, got {k}"):
             eigsh(op, k)
-    with pytest.raises(ValueError, match="`which` is"):
+    with pytest.raises(ValueError, match="`which` must be"):
         eigsh(op, 2, which="BE")  # type: ignore[arg-type]

@@ -76,5 +76,5 @@ def test_refusals() -> None:
         op + DiagonalOperator(S)
     with pytest.raises(ValueError, match="`a` must be square"):
         DenseOperator(U)
-    with pytest.raises(ValueError, match=r"`u` is \(P, r\)"):
+    with pytest.raises(ValueError, match=r"`u` and `s` must be \(P, r\)"):
         LowRankOperator(U, A[0])

@@ -166,7 +166,7 @@ def test_errors_of_a_recording() -> None:
         loss().backward(torch.tensor(2.0))
     with pytest.raises(RuntimeError, match="inference_mode"), torch.inference_mode(), record_loss():
         pass
-    with pytest.raises(ValueError, match="`outputs` is 'loss_input'"):
+    with pytest.raises(ValueError, match="`outputs` must be 'loss_input'"):
         record_loss("logits")  # type: ignore[arg-type]
     assert torch.overrides._get_current_function_mode() is None
 

@@ -135,7 +135,7 @@ def test_refuses_what_does_not_fit(first: Any, second: Any, message: str) -> Non
 
 
 def test_refuses_a_wrong_argument_and_nothing() -> None:
-    with pytest.raises(ValueError, match="`normalize` is one of m, one, unbiased, got 'two'"):
+    with pytest.raises(ValueError, match=r"`normalize` must be one of \('m', 'one', 'unbiased'\), got 'two'"):
         MCoherence(normalize="two")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="has seen no gradient"):
         MCoherence().compute()

@@ -517,3 +517,9 @@ def test_refuses_rounds_out_of_order() -> None:
         optimizer.begin_round(None)
     optimizer.end_round()
     optimizer.begin_round(None)
+
+
+def test_refuses_the_state_of_another_optimizer() -> None:
+    state = torch.optim.SGD(parameters(), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match=r"another optimizer than FedSpeed, .* no `lam`, .*fresh"):
+        FedSpeed(parameters()).load_state_dict(state)
