@@ -21,6 +21,13 @@ settings.register_profile("shared machine", deadline=None)  # an example may tak
 settings.load_profile("shared machine")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imports_frozen() -> None:
+    """Else each forked process copies the memory of all modules in its first garbage collection: half of a short fit."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the test in its own folder: what a default Trainer writes does not land in the tree."""
