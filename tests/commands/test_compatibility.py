@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 from typing_extensions import override
 
@@ -113,7 +113,7 @@ def test_the_command_prints_them(
     printed = capsys.readouterr().out
     if flags:
         found = json.loads(printed)
-        assert found["versions"]["torch"] == torch.__version__
+        assert found["versions"]["torch"] == version("torch")
         assert found["cells"] == {"`32-true`": {"ddp": ["works", ""]}}
     else:
         assert printed == "|  | `ddp` |\n| --- | --- |\n| `32-true` | yes |\n\n"

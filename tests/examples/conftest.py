@@ -2,7 +2,8 @@
 
 import importlib
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,3 +21,16 @@ def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield importlib.import_module(request.path.stem.removeprefix("test_"))
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture
+def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What an example and its processes print in 80 columns, without what gloo of torch 2.8 says of its connections."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def read() -> str:
+        out = re.sub(r"\[Gloo\].*\n", "", capfd.readouterr().out)
+        assert max(map(len, out.replace(str(tmp_path), "").splitlines())) <= 80
+        return out
+
+    return read

@@ -1,15 +1,13 @@
 """The example's promises, to a coarser target."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 
 def test_three_trainings_a_table_a_figure_and_their_logs(
-    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    example: ModuleType, tmp_path: Path, printed: Callable[[], str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
     runs = example.main(target=0.03, seconds=30.0, folder=tmp_path)
     adam, lbfgs, newton = runs
     assert [run.name for run in runs] == list(example.COLOURS)
@@ -19,9 +17,9 @@ def test_three_trainings_a_table_a_figure_and_their_logs(
     assert newton.units == sorted(newton.units)
     assert newton.units[-1] > len(newton.units) + 2 * newton.steps  # products count
 
-    printed, _ = capfd.readouterr()
+    out = printed()
     for run in runs:
-        (row,) = (row for row in printed.splitlines() if row.startswith(f" {run.name} "))
+        (row,) = (row for row in out.splitlines() if row.startswith(f" {run.name} "))
         assert f" {run.steps:,} " in row
     store = tmp_path / "runs" / "gradient_regularized_newton"
     assert (store / "gradient_regularized_newton.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """The example's promises, in a few of its steps; ``benchmarks/`` measures how long its trainings take."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +18,8 @@ def distances(printed: str) -> list[float]:
 
 
 def test_trainings_tables_a_figure_and_their_records(
-    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    example: ModuleType, tmp_path: Path, printed: Callable[[], str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
     runs = example.main(processes=3, s=1, epochs=1, batch_size=96, base_s=0.02, slow_share=0.2, folder=tmp_path)
     uncoded, coded = runs[:2]
     assert [uncoded.name, coded.name] == ["uncoded", "s=1"]
@@ -30,9 +30,8 @@ def test_trainings_tables_a_figure_and_their_records(
     assert not torch.tensor(uncoded.arrivals).isnan().any()
     assert torch.tensor(coded.arrivals).isnan().any()
 
-    printed, _ = capfd.readouterr()
-    assert max(map(len, printed.splitlines())) <= 80
-    found = distances(printed)
+    out = printed()
+    found = distances(out)
     assert len(found) == len(runs)
     assert max(found) <= 1e-6
 
