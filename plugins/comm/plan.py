@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fulgurite.plugins.comm.simulate import Method, Setting, compute_utilization, required_bandwidth
+from fulgurite.plugins.output import print_out
 
 LEVELS = (0.5, 0.9, 0.95)  # the utilisations that the table gives a bandwidth for
 SYNC_EVERY = (30, 50, 100, 200, 500)  # H, from close to DDP to cheap
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_figure(job, figure)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
-    print(_as_json(job, rows, advice) if as_json else f"{_table(rows)}\n\n{_prose(job, advice)}")
+    print_out(_as_json(job, rows, advice) if as_json else f"{_table(rows)}\n\n{_prose(job, advice)}")
 
 
 def _gather_bits(job: Job) -> float:
