@@ -527,8 +527,15 @@ class FederatedStrategy(ReplicaStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes the clients' states beside the checkpoint, each from its owner, and then the checkpoint.
 
-        Whenever a process dies, a checkpoint that exists is whole, also one that was to be overwritten.
+        Whenever a process dies, a checkpoint that exists is whole, also one that was to be overwritten. A fit that ends
+        by an exception within a round saves none: it would not resume, and stand before the last one that does.
         """
+        if "optimizer_states" in checkpoint and self._round_open and self._module.trainer.interrupted:
+            rank_zero_warn(
+                f"the fit ended by an exception within a round, and {filepath} is not written: {_ROUND_ENDS} resume"
+                " from one that ModelCheckpoint saved at the end of an epoch"
+            )
+            return
         folder = client_folder(filepath)
         has_states = "optimizer_states" in checkpoint and self._object_group is not None and self._states.touched
         if has_states:
