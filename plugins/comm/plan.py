@@ -48,7 +48,7 @@ class Job:
         bits: bits of a value that is not quantised, 32 or 16.
 
     Raises:
-        ValueError: if the bandwidth, ``workers`` or ``bits`` is out of its range; :func:`plan` checks the others.
+        ValueError: the bandwidth, ``workers`` or ``bits`` is out of its range; :func:`plan` checks the others.
     """
 
     params: float
@@ -133,7 +133,7 @@ def plan(job: Job) -> list[Row]:
         One row a method, each a step further from DDP than the last.
 
     Raises:
-        ValueError: if a number of the job is out of its range.
+        ValueError: a number of the job is out of its range.
 
     Example:
         >>> for row in plan(Job(params=1e9, layers=24, step_seconds=0.1, bandwidth_gbps=2)):
@@ -162,7 +162,7 @@ def recommend(job: Job, target: float = 0.95) -> Recommendation:
         The recommendation; its ``utilization`` is below ``target`` where no setting reaches that.
 
     Raises:
-        ValueError: if ``target`` or a number of the job is out of its range.
+        ValueError: ``target`` or a number of the job is out of its range.
 
     Example:
         >>> recommend(Job(params=1e9, layers=24, step_seconds=0.1, bandwidth_gbps=2)).trainer
