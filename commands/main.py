@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fulgurite.commands.compatibility import measure, render
 from fulgurite.commands.methods import listing
+from fulgurite.plugins.output import print_out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -17,11 +18,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = _parser().parse_args(argv)
     if arguments.command != "compat":
-        print(listing())
+        print_out(listing())
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there: with more, forked processes hang
     found = measure()
-    print(json.dumps(found, indent=1) if arguments.json else render(found))
+    print_out(json.dumps(found, indent=1) if arguments.json else render(found))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Federated training: many clients, each with samples of its own, share one model round by round."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from fulgurite.plugins.federated.average import ClientAverage
-from fulgurite.plugins.federated.deal import Deal
+from fulgurite.plugins.federated.deal import Deal, Partition
 from fulgurite.plugins.federated.loader import ClientLoader, batch_size_of
 from fulgurite.plugins.federated.rounds import ClientBatchSampler, Turn
 from fulgurite.plugins.federated.states import ClientStates, client_folder
@@ -33,8 +33,6 @@ from fulgurite.strategies.replicas import ReplicaStrategy
 
 Weighting = Literal["samples", "uniform"]
 Buffers = Literal["average", "keep"]
-Partition = Sequence[Sequence[int]] | str
-_FORMAT = 1  # of what a checkpoint holds
 _ROUND_ENDS = "only the end of a round is a state of the model, so"
 
 
@@ -69,7 +67,7 @@ class FederatedStrategy(ReplicaStrategy):
         client_state_dir: folder, not shared between nodes, for memory-mapped states of clients; None keeps them in
             memory.
         seed: of partition, draws, order and each client's random numbers.
-        **ddp_kwargs: for :class:`~lightning.pytorch.strategies.DDPStrategy`.
+        **kwargs: for :class:`~lightning.pytorch.strategies.DDPStrategy`.
 
     Attributes:
         stats: the ``fed/*`` metrics of the last round.
@@ -102,9 +100,9 @@ class FederatedStrategy(ReplicaStrategy):
         buffers: Buffers = "average",
         client_state_dir: str | None = None,
         seed: int = 0,
-        **ddp_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(devices_per_worker=1, worker_state="none", **ddp_kwargs)
+        super().__init__(devices_per_worker=1, worker_state="none", **kwargs)
         self._deal = Deal(partition, num_clients, alpha, classes_per_client, label_key, seed)
         self.num_clients = self._deal.clients
         self.clients_per_round = clients_per_round
@@ -493,7 +491,6 @@ class FederatedStrategy(ReplicaStrategy):
     @override
     def rule_state(self) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
             "num_clients": self.num_clients,
             "seed": self.seed,
             "round": self._round,
@@ -527,8 +524,15 @@ class FederatedStrategy(ReplicaStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes the clients' states beside the checkpoint, each from its owner, and then the checkpoint.
 
-        Whenever a process dies, a checkpoint that exists is whole, also one that was to be overwritten.
+        Whenever a process dies, a checkpoint that exists is whole, also one that was to be overwritten. A fit that ends
+        by an exception within a round saves none: it would not resume, and stand before the last one that does.
         """
+        if "optimizer_states" in checkpoint and self._round_open and self._module.trainer.interrupted:
+            rank_zero_warn(
+                f"the fit ended by an exception within a round, and {filepath} is not written: {_ROUND_ENDS} resume"
+                " from one that ModelCheckpoint saved at the end of an epoch"
+            )
+            return
         folder = client_folder(filepath)
         has_states = "optimizer_states" in checkpoint and self._object_group is not None and self._states.touched
         if has_states:

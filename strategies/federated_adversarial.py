@@ -1,6 +1,5 @@
 """Federated adversarial learning: clients train on the worst inputs near their own."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from fulgurite.plugins.federated.attack import PGD
 from fulgurite.plugins.federated.batch import get_entry, replace_entry
 from fulgurite.plugins.quiet import quiet
 from fulgurite.plugins.seeds import derived_seed
+from fulgurite.strategies.concurrent_modules import loss_of
 from fulgurite.strategies.federated import FederatedStrategy
 
 _FP16_SCALE = 2.0**14  # a gradient that underflows has no sign, and the attack would stand still without a word
@@ -77,18 +77,17 @@ class FederatedAdversarialStrategy(FederatedStrategy):
         losses: list[Tensor] = []
         scale = _FP16_SCALE if self.precision_plugin.precision == "16-mixed" else 1.0
 
-        def loss_of(inputs: Tensor) -> Tensor:
+        def scaled_loss(inputs: Tensor) -> Tensor:
             with self.precision_plugin.train_step_context():
                 output = self._module.training_step(replace_entry(batch, self.input_key, inputs), *args)
-            loss = output["loss"] if isinstance(output, Mapping) else output
-            assert isinstance(loss, Tensor)
+            loss = loss_of(output)
             losses.append(loss.detach())
             return loss * scale
 
         self._seed("attack")
         try:
             with quiet(self._module, evaluate=self.attack.mode == "eval"):
-                perturbed = self.attack(loss_of, get_entry(batch, self.input_key))
+                perturbed = self.attack(scaled_loss, get_entry(batch, self.input_key))
         except ValueError as error:
             raise MisconfigurationException(f"`input_key` is {self.input_key!r}, and {error}") from error
         self._seed("step")  # dropout as without the attack

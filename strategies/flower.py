@@ -73,16 +73,8 @@ def client_app(
     from flwr.app import Message as Reply
     from flwr.clientapp import ClientApp
 
-    trainer_options = _QUIET | dict(trainer_kwargs or {})
-    strategy_options = dict(strategy_kwargs or {})
-    for name in trainer_options.keys() & set(_OF_THE_ROUND):
-        raise ValueError(f"`trainer_kwargs` has `{name}`, but a local round is one epoch on one device: leave it out")
-    for name in strategy_options.keys() - set(_OF_THE_NODE):
-        raise ValueError(
-            f"`strategy_kwargs` has `{name}`, of which the server decides, or `client_app` has an argument for it;"
-            f" a node can choose {', '.join(_OF_THE_NODE)}"
-        )
-
+    trainer_options, strategy_options = _QUIET | dict(trainer_kwargs or {}), dict(strategy_kwargs or {})
+    _check_options(trainer_options, strategy_options)
     _local_strategy(1, 0, attack, strategy_options)  # refuses here, not on the nodes
 
     def train(message: Message, context: Context) -> Message:
@@ -93,17 +85,15 @@ def client_app(
         number = context.node_config.get("partition-id", context.node_id)
         strategy = _local_strategy(size, number, attack, strategy_options)
         round = _round(message)
-        kept = context.state.array_records[_STATE].to_torch_state_dict() if _STATE in context.state else {}
-        last = int(kept.pop("round", torch.tensor(-1)))
-        strategy.continue_from(round, {0: [kept[str(i)] for i in range(len(kept))]} if kept else {})
+        last, kept = _recall(context)
+        strategy.continue_from(round, {0: kept} if kept else {})
         trainer = Trainer(devices=1, max_epochs=1, strategy=strategy, **trainer_options | {"limit_val_batches": 0})
         trainer.fit(module, loader)
         if not strategy.stats:
             raise RuntimeError("the fit ended before the round did: let no callback or limit of the Trainer stop it")
         for tensors in strategy.client_states().values():
             _warn_if_absent(trainer, tensors, last, round)
-            numbered = {str(i): tensor for i, tensor in enumerate(tensors)}
-            context.state[_STATE] = ArrayRecord({"round": torch.tensor(round), **numbered})
+            _remember(context, round, tensors)
         own = {key: value for key, value in _metrics(trainer).items() if not key.startswith("fed/")}
         content = RecordDict({name: ArrayRecord(module.state_dict())})
         content["metrics"] = MetricRecord({"num-examples": size, **own})
@@ -172,6 +162,17 @@ def server_app(
     return app
 
 
+def _check_options(trainer: Mapping[str, Any], strategy: Mapping[str, Any]) -> None:
+    """Refuses what is not the node's to choose."""
+    for name in trainer.keys() & set(_OF_THE_ROUND):
+        raise ValueError(f"`trainer_kwargs` has `{name}`, but a local round is one epoch on one device: leave it out")
+    for name in strategy.keys() - set(_OF_THE_NODE):
+        raise ValueError(
+            f"`strategy_kwargs` has `{name}`, of which the server decides, or `client_app` has an argument for it;"
+            f" a node can choose {', '.join(_OF_THE_NODE)}"
+        )
+
+
 def _only_record(records: Mapping[str, Any]) -> tuple[str, Any]:
     if len(records) != 1:
         raise ValueError(
@@ -212,6 +213,22 @@ def _round(message: Message) -> int:
         "the message has no `server-round`, on which the order of the samples depends: use a strategy that, like"
         " FedAvg, puts it into the `ConfigRecord` of each message"
     )
+
+
+def _recall(context: Context) -> tuple[int, list[Tensor]]:
+    """The round in which the node trained last, -1 before the first, and what its optimizer keeps."""
+    if _STATE not in context.state:
+        return -1, []
+    kept = context.state.array_records[_STATE].to_torch_state_dict()
+    last = int(kept.pop("round"))
+    return last, [kept[str(i)] for i in range(len(kept))]
+
+
+def _remember(context: Context, round: int, tensors: list[Tensor]) -> None:
+    from flwr.app import ArrayRecord
+
+    numbered = {str(i): tensor for i, tensor in enumerate(tensors)}
+    context.state[_STATE] = ArrayRecord({"round": torch.tensor(round), **numbered})
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:

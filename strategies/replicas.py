@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from fulgurite.strategies._lightning import (
     wants_sync_batchnorm,
 )
 from fulgurite.strategies.unwrapped import UnwrappedStrategy
+
+WorkerState = Literal["gather", "none"]
 
 
 class ReplicaStrategy(UnwrappedStrategy):
@@ -45,6 +47,10 @@ class ReplicaStrategy(UnwrappedStrategy):
     Attributes:
         checkpoint_key: where a checkpoint holds the state of the rule and of the workers.
         worker: index of this process's worker; ``num_workers`` counts them.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        MisconfigurationException: at setup, for a module or Trainer that cannot train this way.
     """
 
     checkpoint_key: ClassVar[str] = "replicas"
@@ -52,13 +58,13 @@ class ReplicaStrategy(UnwrappedStrategy):
     def __init__(
         self,
         devices_per_worker: int | None = None,
-        worker_state: Literal["gather", "none"] = "gather",
+        worker_state: WorkerState = "gather",
         **kwargs: Any,
     ) -> None:
         if devices_per_worker is not None and devices_per_worker < 1:
             raise ValueError(f"`devices_per_worker` must be None or at least 1, got {devices_per_worker}")
-        if worker_state not in ("gather", "none"):
-            raise ValueError(f"`worker_state` must be 'gather' or 'none', got {worker_state!r}")
+        if worker_state not in get_args(WorkerState):
+            raise ValueError(f"`worker_state` must be one of {get_args(WorkerState)}, got {worker_state!r}")
         super().__init__(**kwargs)
         self.devices_per_worker = devices_per_worker
         self.worker_state = worker_state

@@ -39,6 +39,7 @@ from fulgurite.strategies.concurrent_modules import ConcurrentModules
 from fulgurite.strategies.unwrapped import UnwrappedStrategy
 
 Pipeline = Literal["exact", "delayed", "interleaved"]
+Data = Literal["slice", "held"]
 _HEAVY = 2**30  # bytes a round through rank 0's link
 
 
@@ -73,7 +74,9 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
             indispensable may be overdue.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is out of range, missing, or does not belong to the scheme.
+        MisconfigurationException: at setup or in the first step, for a module, Trainer or data that cannot train so.
     """
 
     def __init__(
@@ -88,14 +91,13 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         mu: float = 1.0,
         wait: Rule = "complete",
         pipeline: Pipeline = "exact",
-        data: Literal["slice", "held"] = "slice",
+        data: Data = "slice",
         seed: int = 0,
         delay_injection: DelayProfile | None = None,
         record: bool = True,
         **kwargs: Any,
     ) -> None:
-        _check_choices(code=(code, Code), wait=(wait, Rule), pipeline=(pipeline, Pipeline))
-        _check_choices(data=(data, Literal["slice", "held"]))
+        _check_choices(code=(code, Code), wait=(wait, Rule), pipeline=(pipeline, Pipeline), data=(data, Data))
         _check_kinds(int, s=s, B=B, W=W, lam=lam, seed=seed)
         _check_kinds(int | float, mu=mu)
         _check_kinds(DelayProfile, delay_injection=delay_injection)
@@ -115,12 +117,7 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         self._vector: Tensor | None = None  # the gradient to step on
         self._stepping = False  # in the batch that ends with an optimizer step
         if pipeline == "delayed" and self.delay:
-            bound = 2 * math.sin(math.pi / (2 * (2 * self.delay + 1)))
-            rank_zero_warn(
-                f"`pipeline='delayed'` steps on gradients that are {self.delay} steps old: where the loss has curvature"
-                f" h, plain SGD diverges unless `lr` * h is below {bound:.3g} (2 without delay); the first"
-                f" {self.delay} steps have no gradient"
-            )
+            _warn_of_old_gradients(self.delay)
         if delay_injection is not None:
             rank_zero_warn("`delay_injection` makes workers late on purpose: for tests and demonstrations alone")
 
@@ -129,13 +126,26 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
     @override
     def check(self, trainer: Trainer) -> None:
         super().check(trainer)
-        module, accumulate = self._module, trainer.accumulate_grad_batches
         if self.world_size < 2:
             raise MisconfigurationException(
                 "gradient coding needs several processes, and `devices` * `num_nodes` is 1: raise it, or use another"
                 " strategy"
             )
         self._make_code(self.world_size, code=self.code)
+        self._check_pipeline(trainer.accumulate_grad_batches)
+        if wants_sync_batchnorm(self) or any(isinstance(layer, nn.SyncBatchNorm) for layer in self._module.modules()):
+            raise MisconfigurationException(
+                "SyncBatchNorm has a collective inside forward, which would wait for stragglers: use BatchNorm, whose"
+                " statistics are those of a chunk, or another normalization"
+            )
+        if self._has_comm_hook:
+            raise MisconfigurationException(
+                "`ddp_comm_hook` changes how gradients are averaged, and here they are coded instead: remove it"
+            )
+
+    def _check_pipeline(self, accumulate: int) -> None:
+        """Refuses a module and windows of ``accumulate`` batches in which the delay has no place."""
+        module = self._module
         modules = len(module.members) if isinstance(module, ConcurrentModules) else 0
         if self.pipeline == "interleaved" and modules <= self.delay:
             raise ValueError(
@@ -161,15 +171,6 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         if self.pipeline == "delayed" and accumulate > 1:
             raise MisconfigurationException(
                 "`pipeline='delayed'` steps on one gradient a batch: set `accumulate_grad_batches=1`"
-            )
-        if wants_sync_batchnorm(self) or any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
-            raise MisconfigurationException(
-                "SyncBatchNorm has a collective inside forward, which would wait for stragglers: use BatchNorm, whose"
-                " statistics are those of a chunk, or another normalization"
-            )
-        if self._has_comm_hook:
-            raise MisconfigurationException(
-                "`ddp_comm_hook` changes how gradients are averaged, and here they are coded instead: remove it"
             )
 
     @property
@@ -378,7 +379,7 @@ class SequentialGradientCodingStrategy(UnwrappedStrategy):
         if loss is not None:
             values["loss"] = float(loss)
         named = {f"gradient_coding/{name}": value for name, value in values.items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+        self.to_callbacks(named)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.to_loggers(named)
 
@@ -476,6 +477,14 @@ def refuse_small(chunks: Chunks, module: LightningModule) -> None:
             f"a batch of {chunks.size} samples is cut into {len(chunks.bounds)} chunks, some of them empty: raise the"
             " batch size, which is the global one"
         )
+
+
+def _warn_of_old_gradients(delay: int) -> None:
+    bound = 2 * math.sin(math.pi / (2 * (2 * delay + 1)))
+    rank_zero_warn(
+        f"`pipeline='delayed'` steps on gradients that are {delay} steps old: where the loss has curvature h, plain SGD"
+        f" diverges unless `lr` * h is below {bound:.3g} (2 without delay); the first {delay} steps have no gradient"
+    )
 
 
 def warn_of_traffic(in_bytes: int) -> None:

@@ -1,6 +1,5 @@
 """Streaming DiLoCo: workers train alone and exchange one fragment of the model at a time, behind computation."""
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -14,11 +13,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fulgurite.plugins.comm.exchange import Exchange, Quantize, Reduction, Rounding, mean_cosine
+from fulgurite.plugins.comm.e3m0 import Rounding
+from fulgurite.plugins.comm.exchange import Exchange, Quantize, Reduction, mean_cosine
 from fulgurite.plugins.comm.fragments import Pattern, partition_parameters
 from fulgurite.plugins.comm.outer import OuterFragment, OuterSGD, Pending
 from fulgurite.plugins.optim.exponentiated_gradient import keeps_signs
-from fulgurite.strategies.replicas import ReplicaStrategy
+from fulgurite.plugins.seeds import derived_seed
+from fulgurite.strategies.replicas import ReplicaStrategy, WorkerState
 
 _PROG_BAR = ("diloco/drift", "diloco/wait_seconds")
 
@@ -87,7 +88,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
         reduction: Reduction = "gather",
         devices_per_worker: int | None = None,
         offload: bool = False,
-        worker_state: Literal["gather", "none"] = "gather",
+        worker_state: WorkerState = "gather",
         partition: Callable[[nn.Module], list[list[str]]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -275,8 +276,7 @@ class StreamingDiLoCoStrategy(ReplicaStrategy):
         if self.rounding == "nearest":
             return None
         # From what identifies the exchange, so that a resumed run rounds alike and no state need be saved.
-        key = f"{os.environ.get('PL_GLOBAL_SEED', 0)} {self._step} {index} {self.global_rank}"
-        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
+        seed = derived_seed(os.environ.get("PL_GLOBAL_SEED", 0), self._step, index, self.global_rank)
         return torch.Generator(self.root_device).manual_seed(seed)
 
     def _receive(self, pending: Pending, told_to_stop: Callable[[], bool]) -> None:

@@ -32,6 +32,11 @@ class UnwrappedStrategy(DDPStrategy):
 
     Args:
         **kwargs: for :class:`~lightning.pytorch.strategies.DDPStrategy`.
+
+    Raises:
+        TypeError: for an argument that neither this class nor DDPStrategy has.
+        MisconfigurationException: for ``model_averaging_period``; at setup, for a module or Trainer that cannot train
+            this way.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -57,7 +62,6 @@ class UnwrappedStrategy(DDPStrategy):
 
     def check(self, trainer: Trainer) -> None:
         """Called first in ``setup`` before a fit: raises for what the rule does not support."""
-        name = type(self).__name__
         if validates_by_time(trainer):
             raise MisconfigurationException(
                 "`val_check_interval` is a time, and each process would validate by its own clock, in different steps,"
@@ -68,7 +72,7 @@ class UnwrappedStrategy(DDPStrategy):
                 "`max_time` (the Timer callback) asks rank 0 before each batch, over the slow link, and so keeps the"
                 " workers in lockstep: use `max_epochs` or `max_steps`"
             )
-        self._check_parameters(name)
+        self._check_parameters()
 
     def make_groups(self) -> None:
         """Called in ``setup`` before a fit, on all processes, when the world is known to be complete."""
@@ -101,8 +105,8 @@ class UnwrappedStrategy(DDPStrategy):
             )
         atexit.register(_leave)
 
-    def _check_parameters(self, name: str) -> None:
-        module = self._module
+    def _check_parameters(self) -> None:
+        module, name = self._module, type(self).__name__
         for key, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):
                 raise MisconfigurationException(
@@ -181,10 +185,14 @@ class UnwrappedStrategy(DDPStrategy):
             prog_bar: the names among them to show in the progress bar.
         """
         self.to_loggers(values)
-        # Not `self.log` for all of them: each call copies what has been logged before, a quarter of a millisecond.
-        self._module.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        self.to_callbacks(values)
         for name in prog_bar:
             self._module.log(name, values[name], logger=False, prog_bar=True, on_step=True, on_epoch=False)
+
+    def to_callbacks(self, values: Mapping[str, float]) -> None:
+        """Puts values into ``trainer.callback_metrics``, where callbacks find what they monitor."""
+        # Not by `self.log`: each call copies what has been logged before, a quarter of a millisecond.
+        self._module.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def to_loggers(self, values: Mapping[str, float]) -> None:
         """Logs where Lightning takes no metrics any more, such as at the end of training."""

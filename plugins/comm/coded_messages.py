@@ -1,15 +1,16 @@
 """What the messages of coded rounds say."""
 
 from dataclasses import astuple, dataclass, field
-from typing import Literal
+from typing import get_args
 
 from torch import Tensor
 
 from fulgurite.plugins.comm.coded_link import Message
+from fulgurite.plugins.comm.gradient_codes import TaskKind
 
 RESULT, SKIP, FLUSH, BYE, FAIL, ORDERS = range(6)
-_KINDS: tuple[Literal["plain", "coded"], ...] = ("plain", "coded")
-TaskName = tuple[int, Literal["plain", "coded"], int]  # job, kind, index
+_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
+TaskName = tuple[int, TaskKind, int]  # job, kind, index
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from fulgurite.plugins.comm.straggler_models import (
 )
 
 Rule = Literal["conform", "complete"]
+_RULES: tuple[Rule, ...] = get_args(Rule)  # once: a simulation asks in each round
 Mask = NDArray[np.bool_]
 IDLE = -1
 
@@ -132,9 +133,12 @@ class Schedule(ABC):
             missing: ``(n,)``; workers without a task do not count.
             rule: ``"conform"``, the pattern of late workers is one that the scheme bears, or ``"complete"``, all open
                 jobs become whole if nobody is late any more.
+
+        Raises:
+            ValueError: there is no such rule.
         """
-        if rule not in get_args(Rule):
-            raise ValueError(f"`rule` must be one of {get_args(Rule)}, got {rule!r}")
+        if rule not in _RULES:
+            raise ValueError(f"`rule` must be one of {_RULES}, got {rule!r}")
         missing = missing & self.plans[self.round].busy
         if not missing.any():
             return True

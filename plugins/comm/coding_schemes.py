@@ -11,6 +11,7 @@ from fulgurite.plugins.comm.coded_schedule import (
 )
 
 Scheme = Literal["gc", "sr_sgc", "m_sgc"]
+_SCHEMES: tuple[Scheme, ...] = get_args(Scheme)  # once: a search asks for hundreds of schedules
 
 
 def make_schedule(
@@ -28,8 +29,8 @@ def make_schedule(
     Raises:
         ValueError: an argument is missing, does not belong to the scheme, or is out of range.
     """
-    if scheme not in get_args(Scheme):
-        raise ValueError(f"`scheme` must be one of {get_args(Scheme)}, got {scheme!r}")
+    if scheme not in _SCHEMES:
+        raise ValueError(f"`scheme` must be one of {_SCHEMES}, got {scheme!r}")
     if scheme == "gc":
         if (B, W, lam) != (None, None, None):
             raise ValueError(f"`B`, `W` and `lam` do not belong to 'gc': give `s`; got B={B}, W={W}, lam={lam}")
@@ -81,7 +82,9 @@ def delay(
     W: int | None = None,
     lam: int | None = None,
 ) -> int:
-    """Rounds from the start of a job until it must be whole (T in the paper); arguments as in :func:`normalized_load`.
+    """Rounds from the start of a job until it must be whole (T in the paper).
+
+    Arguments and errors are those of :func:`normalized_load`.
 
     Example:
         >>> delay("m_sgc", 8, B=2, W=3, lam=2)
@@ -91,6 +94,16 @@ def delay(
 
 
 def lower_bound(n: int, B: int, W: int, lam: int) -> float:
-    """The least load of any scheme that bears ``lam`` workers with bursts of ``B`` late rounds in ``W - 1 + B``."""
+    """The least load of any scheme that bears ``lam`` workers with bursts of ``B`` late rounds in ``W - 1 + B``.
+
+    Args:
+        n: workers.
+        B: rounds of a burst.
+        W: rounds of a window, above ``B``.
+        lam: different late workers in a window, at most ``n``.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
     check_window(n, B, W, lam)
     return (W - 1 + B) / (n * (W - 1) + B * (n - lam))

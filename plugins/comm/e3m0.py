@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dequantize_e3m0", "message_bytes", "quantize_e3m0"]
+__all__ = ["Rounding", "dequantize_e3m0", "message_bytes", "quantize_e3m0"]
+
+Rounding = Literal["nearest", "stochastic"]
 
 # Values worked on at a time: on a CPU, so that a chunk stays in the second-level cache; elsewhere, to bound the memory.
 _CPU_CHUNK, _CHUNK = 1 << 17, 1 << 24
@@ -28,7 +30,7 @@ _CARRY = {"nearest": 0x400000, "stochastic": 0x7FFFFF}  # from 1.5 times a power
 def quantize_e3m0(
     x: Tensor,
     block_size: int = 128,
-    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding: Rounding = "nearest",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rounds every value to a sign and three bits of exponent, relative to its block (E3M0 of arXiv 2501.18512).

@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulgurite.plugins.comm.e3m0 import dequantize_e3m0, quantize_e3m0
+from fulgurite.plugins.comm.e3m0 import Rounding, dequantize_e3m0, quantize_e3m0
 
 Quantize = Literal["e3m0", "bf16", "fp32"]
 Reduction = Literal["gather", "scatter"]
-Rounding = Literal["nearest", "stochastic"]
 # One tensor in, one out: torch 2.13 renames this collective and warns of the old name.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _CHUNK_BLOCKS = 8192  # decoded at a time: the workers' messages never stand in memory as float32 as a whole

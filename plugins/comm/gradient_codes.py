@@ -5,7 +5,7 @@ arrive: an open job costs one vector, and a group of coded results that is not d
 the 0/1 codes; of the cyclic code it must keep up to ``n - s``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +51,9 @@ __all__ = [
 ]
 
 
+TaskKind = Literal["plain", "coded"]
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """One vector that a worker is to compute, ``sum_c coeffs[c] w_c g_c`` over some chunks of one job.
@@ -66,7 +69,7 @@ class Task:
     """
 
     job: int
-    kind: Literal["plain", "coded"]
+    kind: TaskKind
     index: int
     chunks: list[int]
     coeffs: Tensor
@@ -90,7 +93,7 @@ class _CodedJobs:
         self.n_chunks = self.n
         self.chunk_weights = torch.full((self.n,), 1 / self.n, dtype=torch.float64)
 
-    def task(self, worker: int, job: int, kind: Literal["plain", "coded"], index: int) -> Task:
+    def task(self, worker: int, job: int, kind: TaskKind, index: int) -> Task:
         """The task that these four name: what a worker needs that was told only them."""
         plain = self.schedule.plain
         if kind == "plain":
@@ -356,7 +359,7 @@ def _as_arrays(value: Any) -> Any:
     return _mapped(value, Tensor, Tensor.numpy)
 
 
-def _mapped(value: Any, kind: type, change: Any) -> Any:
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: _mapped(item, kind, change) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fulgurite.plugins.comm.simulate import Method, Setting, compute_utilization, required_bandwidth
+from fulgurite.plugins.output import print_out
 
 LEVELS = (0.5, 0.9, 0.95)  # the utilisations that the table gives a bandwidth for
 SYNC_EVERY = (30, 50, 100, 200, 500)  # H, from close to DDP to cheap
@@ -47,7 +48,7 @@ class Job:
         bits: bits of a value that is not quantised, 32 or 16.
 
     Raises:
-        ValueError: if the bandwidth, ``workers`` or ``bits`` is out of its range; :func:`plan` checks the others.
+        ValueError: the bandwidth, ``workers`` or ``bits`` is out of its range; :func:`plan` checks the others.
     """
 
     params: float
@@ -132,7 +133,7 @@ def plan(job: Job) -> list[Row]:
         One row a method, each a step further from DDP than the last.
 
     Raises:
-        ValueError: if a number of the job is out of its range.
+        ValueError: a number of the job is out of its range.
 
     Example:
         >>> for row in plan(Job(params=1e9, layers=24, step_seconds=0.1, bandwidth_gbps=2)):
@@ -161,7 +162,7 @@ def recommend(job: Job, target: float = 0.95) -> Recommendation:
         The recommendation; its ``utilization`` is below ``target`` where no setting reaches that.
 
     Raises:
-        ValueError: if ``target`` or a number of the job is out of its range.
+        ValueError: ``target`` or a number of the job is out of its range.
 
     Example:
         >>> recommend(Job(params=1e9, layers=24, step_seconds=0.1, bandwidth_gbps=2)).trainer
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_figure(job, figure)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
-    print(_as_json(job, rows, advice) if as_json else f"{_table(rows)}\n\n{_prose(job, advice)}")
+    print_out(_as_json(job, rows, advice) if as_json else f"{_table(rows)}\n\n{_prose(job, advice)}")
 
 
 def _gather_bits(job: Job) -> float:

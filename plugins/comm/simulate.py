@@ -6,13 +6,14 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Literal, NotRequired, TypedDict, Unpack
+from typing import Literal, NotRequired, TypedDict, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.plugins.comm.fragments import Pattern
+
 Method = Literal["ddp", "diloco", "streaming"]
-Pattern = Literal["strided", "sequential"]
 DEFAULT_GRID = np.logspace(-1, 3, 50)  # Gbit/s, the grid of the paper's table
 _DDP_STEPS, _ROUNDS = 12, 3  # long enough for the last exchange, which nothing hides, to weigh little
 
@@ -84,7 +85,7 @@ def compute_utilization(
         Compute utilisation between 0 and 1; it never falls as the bandwidth grows.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: an argument is out of its range.
 
     Example:
         >>> # a layer that takes 1.6 s to compute and 1.6 s to send, one after the other
@@ -99,7 +100,7 @@ def compute_utilization(
     period = 1 if method == "ddp" else sync_every
     _validate(
         (bandwidth_gbps > 0, f"`bandwidth_gbps` is the speed of the link and must be positive, got {bandwidth_gbps}"),
-        (method in ("ddp", "diloco", "streaming"), f'`method` must be "ddp", "diloco" or "streaming", got {method!r}'),
+        (method in get_args(Method), f"`method` must be one of {get_args(Method)}, got {method!r}"),
         (0 < params < math.inf, f"`params` counts the parameters of the model and must be positive, got {params}"),
         (layers >= 1, f"`layers` counts the layers of the model and must be at least 1, got {layers}"),
         (0 < step_seconds < math.inf, f"`step_seconds` is the time of a step and must be positive, got {step_seconds}"),
@@ -115,7 +116,7 @@ def compute_utilization(
             f"{overlap_steps}: a fragment would be sent before the last one arrived",
         ),
         (0 < bits_per_param < math.inf, f"`bits_per_param` must be positive, got {bits_per_param}"),
-        (pattern in ("strided", "sequential"), f'`pattern` must be "strided" or "sequential", got {pattern!r}'),
+        (pattern in get_args(Pattern), f"`pattern` must be one of {get_args(Pattern)}, got {pattern!r}"),
         (0 <= forward_fraction <= 1, f"`forward_fraction` is a share of the step, 0 to 1, got {forward_fraction}"),
         (0 <= latency < math.inf, f"`latency` is a time in seconds and must be at least 0, got {latency}"),
         (0 < payload_factor < math.inf, f"`payload_factor` must be positive, got {payload_factor}"),
@@ -146,7 +147,7 @@ def required_bandwidth(
         One bandwidth in Gbit/s a level; ``inf`` where no value of the grid reaches it.
 
     Raises:
-        ValueError: if a level is out of its range, the grid is empty, or :func:`compute_utilization` refuses a value.
+        ValueError: a level is out of its range, the grid is empty, or :func:`compute_utilization` refuses a value.
 
     Example:
         The 1 billion row of "Streaming DiLoCo with overlapped communication" in the paper:

@@ -89,7 +89,7 @@ class DelayProfile:
             ValueError: a probability is not from 0 to 1, or both are 0.
         """
         if not (0 <= p <= 1 and 0 <= q <= 1 and p + q > 0):
-            raise ValueError(f"`p` and `q` are probabilities of which one is positive, got p={p}, q={q}")
+            raise ValueError(f"`p` and `q` are probabilities and must be in [0, 1], not both 0, got p={p}, q={q}")
         generator = torch.Generator().manual_seed(seed)
         chance = torch.rand(n, rounds, dtype=torch.float64, generator=generator)
         slow = torch.empty(n, rounds, dtype=torch.bool)
@@ -351,7 +351,7 @@ def _check(
     if wait not in get_args(Wait):
         raise ValueError(f"`wait` must be one of {get_args(Wait)}, got {wait!r}")
     if not seconds_per_vector >= 0:
-        raise ValueError(f"`seconds_per_vector` must not be negative, got {seconds_per_vector}")
+        raise ValueError(f"`seconds_per_vector` must be at least 0, got {seconds_per_vector}")
     if profile.times.shape[1] < jobs + schedule.delay:
         raise ValueError(
             f"`profile` has {profile.times.shape[1]} rounds, and {jobs} jobs with a delay of {schedule.delay} take"

@@ -14,6 +14,7 @@ from fulgurite.plugins.federated.partition import (
     pathological_partition,
 )
 
+Partition = Sequence[Sequence[int]] | str
 _NAMED = ("iid", "dirichlet", "pathological")
 
 
@@ -29,11 +30,14 @@ class Deal:
         label_key: where the dataset has its labels, for these two.
         seed: of named partitions.
 
+    Attributes:
+        clients: how many there are.
+
     Raises:
         ValueError: for an argument out of its range.
     """
 
-    partition: Sequence[Sequence[int]] | str
+    partition: Partition
     num_clients: int | None
     alpha: float
     classes_per_client: int

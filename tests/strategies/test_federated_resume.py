@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.optim import SGD
 from typing_extensions import override
 
@@ -140,6 +140,28 @@ def test_what_is_saved_within_a_round_has_its_start_and_does_not_resume(tmp_path
     assert_same(torch.load(path, weights_only=True)["state_dict"], start)
     with pytest.raises(MisconfigurationException, match=r"within\.ckpt was saved within a round"):
         run(tmp_path, FederatedStrategy(**alone), 3, adamw, ckpt_path=path)
+
+
+class Breaks(Callback):
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.current_epoch == 2:
+            raise KeyError("on purpose")
+
+
+@pytest.mark.parametrize("name", ["last", "on_exception"])
+def test_an_exception_within_a_round_leaves_the_last_checkpoint_that_resumes(name: str, tmp_path: Path) -> None:
+    alone = {"partition": whole_batches(7), "clients_per_round": 4}
+    saves = [ModelCheckpoint(tmp_path, save_last=True), OnExceptionCheckpoint(tmp_path, name)]
+    options: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 0}
+    with (
+        pytest.warns(UserWarning, match=rf"within a round, and .*{name}\.ckpt is not written"),
+        pytest.raises(KeyError, match="on purpose"),
+    ):
+        run(tmp_path, FederatedStrategy(**alone), 4, adamw, callbacks=[*saves, Breaks()], **options)
+    assert not (tmp_path / "on_exception.ckpt").exists()
+    resumed = run(tmp_path, FederatedStrategy(**alone), 4, adamw, callbacks=saves, ckpt_path="last", **options)
+    assert_same(resumed, run(tmp_path, FederatedStrategy(**alone), 4, adamw, limit_val_batches=0))
 
 
 @pytest.mark.parametrize(

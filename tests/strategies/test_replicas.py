@@ -157,7 +157,7 @@ def test_what_was_loaded_after_the_fit_is_what_is_saved(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"devices_per_worker": 0}, "`devices_per_worker` must be None or at least 1, got 0"),
-        ({"worker_state": "all"}, "`worker_state` must be 'gather' or 'none', got 'all'"),
+        ({"worker_state": "all"}, r"`worker_state` must be one of \('gather', 'none'\), got 'all'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -210,7 +210,7 @@ def test_required_bandwidth_answers_each_level_in_order() -> None:
     [
         ({"bandwidth_gbps": 0.0}, "`bandwidth_gbps` is the speed of the link and must be positive, got 0.0"),
         ({"bandwidth_gbps": math.nan}, "`bandwidth_gbps` .* got nan"),
-        ({"method": "fsdp"}, '`method` must be "ddp", "diloco" or "streaming", got \'fsdp\''),
+        ({"method": "fsdp"}, r"`method` must be one of \('ddp', .*\), got 'fsdp'"),
         ({"params": 0.0}, "`params` counts the parameters of the model and must be positive, got 0.0"),
         ({"params": math.inf}, "`params` .* got inf"),
         ({"layers": 0}, "`layers` counts the layers of the model and must be at least 1, got 0"),
@@ -222,7 +222,7 @@ def test_required_bandwidth_answers_each_level_in_order() -> None:
         ({"overlap_steps": 100}, r"`overlap_steps` must be below .* \(100 for streaming\), got 100: a fragment would"),
         ({"method": "ddp", "overlap_steps": 1}, r"`overlap_steps` must be below .* \(1 for ddp\), got 1"),
         ({"bits_per_param": 0.0}, "`bits_per_param` must be positive, got 0.0"),
-        ({"pattern": "random"}, '`pattern` must be "strided" or "sequential", got \'random\''),
+        ({"pattern": "random"}, r"`pattern` must be one of \('strided', .*\), got 'random'"),
         ({"forward_fraction": 1.5}, "`forward_fraction` is a share of the step, 0 to 1, got 1.5"),
         ({"latency": -0.1}, "`latency` is a time in seconds and must be at least 0, got -0.1"),
         ({"payload_factor": 0.0}, "`payload_factor` must be positive, got 0.0"),
