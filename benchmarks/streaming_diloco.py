@@ -8,15 +8,8 @@ two network namespaces (Linux, root); ``torchft`` does too, and installs its pee
 afterwards. Where that is impossible they record why.
 """
 
-import argparse
 import json
-import os
-import signal
 import subprocess
-import sys
-import sysconfig
-import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
@@ -24,12 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import _netns
-import _plots
-import torch
-from _record import RESULTS, record, spread
+from _plots import draw
+from _record import spread
+from _sections import Rows, Section, main, python_with, ratio, say, summary, target
 from _worker import Job, environment, free_port, run, run_side_by_side
 
-Rows = dict[str, list[dict[str, float]]]  # method -> what each repetition measured
 Fits = dict[str, list[dict[str, Any]]]  # method -> what the worker of each seed measured
 
 TAU = 5  # `overlap_steps` of the measured setting
@@ -41,7 +33,6 @@ LINK_NOTE = (
     " Lightning 2.6 brings. Its bfloat16 hook and post-local SGD, here without a start under DDP, are registered by"
     " hand: Lightning does so on CUDA alone."
 )
-QUICK_RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
 
 
 # ---- a slow link -----------------------------------------------------------------------------------------------------
@@ -122,10 +113,10 @@ def link_results(rows: Rows) -> dict[str, Any]:
     fewer_bytes = ratios["ddp_over_streaming_wire_bytes_per_step"]["median"]
     lower_peak = ratios["diloco_over_streaming_peak_bytes"]["median"]
     targets = {
-        "time_over_solo_at_most_1_03": {"measured": time_over_solo, "met": time_over_solo <= 1.03},
-        "stall_below_0_02": {"measured": stall, "met": stall < 0.02},
-        "wire_bytes_at_least_500_times_fewer_than_ddp": {"measured": fewer_bytes, "met": fewer_bytes >= 500},
-        "peak_at_least_10_times_lower_than_diloco": {"measured": lower_peak, "met": lower_peak >= 10},
+        "time_over_solo_at_most_1_03": target(time_over_solo, time_over_solo <= 1.03),
+        "stall_below_0_02": target(stall, stall < 0.02),
+        "wire_bytes_at_least_500_times_fewer_than_ddp": target(fewer_bytes, fewer_bytes >= 500),
+        "peak_at_least_10_times_lower_than_diloco": target(lower_peak, lower_peak >= 10),
     }
     return {"methods": summary(rows), "ratios": ratios, "targets": targets}
 
@@ -174,7 +165,7 @@ def torchft(quick: bool) -> dict[str, Any]:
     rounds = 3 if quick else 20
     with TemporaryDirectory() as folder:
         try:
-            python = python_with_torchft(Path(folder))
+            python = python_with(Path(folder), TORCHFT)
         except subprocess.CalledProcessError as error:
             return {"skipped": f"pip install {TORCHFT}: {(error.stderr or str(error)).strip().splitlines()[-1]}"}
         found: dict[str, Any] = {}
@@ -196,18 +187,6 @@ def torchft(quick: bool) -> dict[str, Any]:
         " (`coordination_s`), with its lighthouse's tick at 10 ms, a tenth of the default; its 8 bits need CUDA",
     }
     return {"setting": setting, "max_difference_to_ours_fp32": differences, **found}
-
-
-def python_with_torchft(folder: Path) -> str:
-    """A new environment in ``folder`` that sees this one's packages and has torchft besides."""
-    venv.create(folder / "env", with_pip=True)
-    paths = {"base": str(folder / "env"), "platbase": str(folder / "env")}
-    site = Path(sysconfig.get_path("purelib", vars=paths))
-    (site / "zz_parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    python = str(folder / "env" / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--quiet", TORCHFT]
-    subprocess.run(install, check=True, capture_output=True, text=True, timeout=600)
-    return python
 
 
 def torchft_rounds(python: str, rate: float, rounds: int, folder: Path) -> tuple[Rows, dict[str, float]]:
@@ -293,60 +272,7 @@ def loss_results(fits: Fits) -> dict[str, Any]:
     }
 
 
-# ---- all of it -------------------------------------------------------------------------------------------------------
-
-
-def summary(rows: Rows) -> dict[str, dict[str, Any]]:
-    return {
-        name: {key: spread([row[key] for row in measured]) for key in measured[0]} for name, measured in rows.items()
-    }
-
-
-def ratio(rows: Rows, above: str, below: str, figure: str) -> dict[str, float]:
-    """Spread of the ratios within each repetition."""
-    return spread([a[figure] / b[figure] for a, b in zip(rows[above], rows[below], strict=True)])
-
-
-def say(what: str, figures: dict[str, float]) -> None:
-    print(f"{what}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
-
-
-def save(section: str, result: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "streaming_diloco.json"
-    everything = json.loads(path.read_text()) if path.exists() else {}
-    if "skipped" not in result or section not in everything:  # a machine that cannot measure it takes nothing away
-        everything[section] = result
-    path.write_text(json.dumps(everything, indent=2) + "\n")
-    return path
-
-
-SECTIONS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "link": link,
-    "overhead": overhead,
-    "torchft": torchft,
-    "loss": loss,
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="?", default="all", choices=[*SECTIONS, "figure", "all"])
-    parser.add_argument("--quick", action="store_true", help="little of everything, into build/benchmarks")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was set up is taken down
-    torch.set_num_threads(1)  # as the processes that are measured
-    folder = QUICK_RESULTS if arguments.quick else RESULTS
-    for name, measure in SECTIONS.items():
-        if arguments.section in (name, "all"):
-            started = time.monotonic()
-            result = measure(arguments.quick)
-            took = {"took_s": round(time.monotonic() - started), "cores": os.cpu_count()}
-            print(save(name, record(peers=("lightning",), **result, **took), folder))
-    if arguments.section in ("figure", "all"):
-        results = json.loads((folder / "streaming_diloco.json").read_text())
-        print(*_plots.draw(results, folder), sep="\n")
-
+SECTIONS: dict[str, Section] = {"link": link, "overhead": overhead, "torchft": torchft, "loss": loss}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main("streaming_diloco", __doc__, SECTIONS, draw)

@@ -23,7 +23,7 @@ settings.load_profile("shared machine")
 
 @pytest.fixture(autouse=True, scope="module")
 def imports_frozen() -> None:
-    """Else each forked process copies the memory of all modules when it first collects garbage: half of a short fit."""
+    """Else the first collection in a forked process copies the memory of all modules: half the time of a short fit."""
     gc.collect()
     gc.freeze()
 

@@ -2,28 +2,19 @@
 
 import ast
 import importlib
-import importlib.util
 import json
 import re
 import textwrap
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tests.suites.scripts import load_benchmark
 
 ROOT = Path(__file__).parents[1]
 
 
-def _load(path: Path) -> ModuleType:  # benchmarks/ is a folder of scripts, not a package
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-refresh = _load(ROOT / "benchmarks" / "refresh.py")
+refresh = load_benchmark("refresh")
 each_document = pytest.mark.parametrize("document", refresh.documents(), ids=lambda path: path.name)
 
 FENCE = re.compile(

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from tests.suites.scripts import load_benchmark
 
-for helper in ("_record", "_sections", "_plots"):
-    load_benchmark(helper)
-bench = load_benchmark("exponentiated_gradient", "bench_exponentiated_gradient")
+bench = load_benchmark("exponentiated_gradient")
 
 
 def test_the_loop_takes_the_same_steps() -> None:

@@ -1,5 +1,6 @@
 """The benchmark measures what it says; its numbers are not tested."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from fulgurite.plugins.federated import PGD
 from tests.suites.scripts import load_benchmark
 
-_record, _plots, _sections, fed = (load_benchmark(name) for name in ("_record", "_plots", "_sections", "_federated"))
-bench = load_benchmark("federated", "bench_federated")
+bench = load_benchmark("federated")
+fed, sections = load_benchmark("_federated"), load_benchmark("_sections")
 
 
 def robust_results() -> dict[str, Any]:
@@ -86,10 +87,14 @@ def test_targets_are_seed_by_seed() -> None:
 
 
 def test_a_section_replaces_its_part_alone_and_by_measurements_alone(tmp_path: Path) -> None:
-    _sections.save("federated", "engine", {"a": 1}, tmp_path)
-    _sections.save("federated", "robust", {"b": 2}, tmp_path)
-    path = _sections.save("federated", "engine", {"skipped": "no reason"}, tmp_path)
-    assert bench.json.loads(path.read_text()) == {"engine": {"a": 1}, "robust": {"b": 2}}
+    for section, result in (
+        ("engine", {"a": 1}),
+        ("robust", {"b": 2}),
+        ("engine", {"c": 3}),
+        ("engine", {"skipped": ""}),
+    ):
+        path = sections.save("federated", section, result, tmp_path)
+    assert json.loads(path.read_text()) == {"engine": {"c": 3}, "robust": {"b": 2}}
 
 
 def test_the_figure_is_drawn_from_what_was_measured(tmp_path: Path) -> None:

@@ -17,9 +17,7 @@ from fulgurite.strategies import FederatedStrategy
 from tests.suites.fits import assert_same, fit
 from tests.suites.scripts import load_benchmark
 
-for helper in ("_record", "_sections", "_plots"):
-    load_benchmark(helper)
-bench = load_benchmark("fedspeed", "bench_fedspeed")
+bench = load_benchmark("fedspeed")
 
 
 class Classifier(LightningModule):

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from tests.suites.scripts import load_benchmark
 
-for helper in ("_record", "_sections", "_plots"):
-    load_benchmark(helper)
-bench = load_benchmark("gradient_regularized_newton", "bench_gradient_regularized_newton")
+bench = load_benchmark("gradient_regularized_newton")
 
 
 def coarse(letter: str) -> Any:

@@ -6,9 +6,7 @@ import pytest
 
 from tests.suites.scripts import load_benchmark
 
-for helper in ("_record", "_sections", "_plots"):
-    load_benchmark(helper)
-bench = load_benchmark("hessian_spectrum", "bench_hessian_spectrum")
+bench = load_benchmark("hessian_spectrum")
 
 
 def test_ratios_are_within_a_repetition_and_judged(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The benchmark compares like with like; its numbers are not tested."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,7 @@ import torch
 
 from tests.suites.scripts import load_benchmark
 
-for helper in ("_record", "_sections", "_plots", "_equilibrium"):
-    load_benchmark(helper)
-shared = sys.modules["_equilibrium"]
-bench = load_benchmark("jacobian_homeostasis", "bench_jacobian_homeostasis")
+bench, shared = load_benchmark("jacobian_homeostasis"), load_benchmark("_equilibrium")
 
 
 def gradients(layer: Any) -> torch.Tensor:

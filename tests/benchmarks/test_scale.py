@@ -7,9 +7,7 @@ import pytest
 
 from tests.suites.scripts import load_benchmark
 
-for helper in ("_record", "_sections", "_plots", "_scale"):
-    load_benchmark(helper)
-bench = load_benchmark("scale", "bench_scale")
+bench = load_benchmark("scale")
 
 
 def test_bytes_memory_and_checkpoints_fit_their_formulas(tmp_path: Path) -> None:

@@ -10,9 +10,7 @@ import torch
 from fulgurite.plugins.comm.straggler_sim import DelayProfile, SimResult, simulate
 from tests.suites.scripts import load_benchmark
 
-for helper in ("_record", "_sections", "_plots", "_coded_training"):
-    load_benchmark(helper)
-bench = load_benchmark("sequential_gradient_coding", "bench_sequential_gradient_coding")
+bench, sections = load_benchmark("sequential_gradient_coding"), load_benchmark("_sections")
 
 
 def result(total_s: float) -> SimResult:
@@ -101,14 +99,14 @@ def test_recorded_delays_are_played(tmp_path: Path) -> None:
 
 
 def test_what_is_given_no_path_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(load_benchmark("_sections"), "QUICK_RESULTS", tmp_path)
+    monkeypatch.setattr(sections, "QUICK_RESULTS", tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     file = tmp_path / "profile.csv"
     DelayProfile.gilbert_elliott(16, 8, 0.05, 0.9).to_csv(file)
     for options in ([], ["--profile", str(file)]):
         monkeypatch.setattr(sys, "argv", ["bench", "published_profile", "--quick", *options])
-        load_benchmark("_sections").main("it", None, bench.SECTIONS, bench.draw, bench.PATHS)
+        sections.main("it", None, bench.SECTIONS, bench.draw, bench.PATHS)
         (section,) = json.loads((tmp_path / "it.json").read_text()).values()
         assert ("skipped" in section) == (not options)
     torch.set_num_threads(threads)

@@ -1,33 +1,14 @@
 """The benchmark measures what it says; its numbers are not tested."""
 
-import importlib.util
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from tests.suites.scripts import load_benchmark
 
-
-def _load(name: str) -> ModuleType:  # a folder of scripts, which find each other beside themselves
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-_record, _netns, _worker, _plots = map(_load, ("_record", "_netns", "_worker", "_plots"))
-spec = importlib.util.spec_from_file_location("bench_streaming_diloco", FOLDER / "streaming_diloco.py")
-assert spec is not None
-assert spec.loader is not None
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+bench, netns, worker = (load_benchmark(name) for name in ("streaming_diloco", "_netns", "_worker"))
 
 WEIGHTS = 333_312
 
@@ -57,8 +38,8 @@ def link_results() -> dict[str, Any]:
 
 def loss_results() -> dict[str, Any]:
     curve = [{"step": 10.0 * k, "nats_per_byte": 3.0 / k, "bytes_sent": 1e6 * k} for k in range(1, 6)]
-    worker = {"curve": curve, "payload_bytes": 5e6, "wall_s": 1.0}
-    fits = {name: [worker, worker] for name in ("solo", "ddp", "diloco", "streaming")}
+    one = {"curve": curve, "payload_bytes": 5e6, "wall_s": 1.0}
+    fits = {name: [one, one] for name in ("solo", "ddp", "diloco", "streaming")}
     return {"setting": {"workers": 2, "tokens_per_step_and_worker": 128}, **bench.loss_results(fits)}
 
 
@@ -73,30 +54,22 @@ def test_ratios_are_taken_within_a_repetition() -> None:
 
 def test_steps_are_timed_finely_however_long_the_clock_has_run() -> None:
     start = 10.0 * 24 * 3600
-    assert _worker.median_gap([start, start + 0.0101, start + 0.0202, start + 0.5]) == pytest.approx(0.0101, abs=1e-6)
-
-
-def test_a_section_replaces_its_part_alone_and_by_measurements_alone(tmp_path: Path) -> None:
-    bench.save("link", {"a": 1}, tmp_path)
-    bench.save("loss", {"b": 2}, tmp_path)
-    bench.save("link", {"c": 3}, tmp_path)
-    path = bench.save("link", {"skipped": "no root"}, tmp_path)
-    assert bench.json.loads(path.read_text()) == {"link": {"c": 3}, "loss": {"b": 2}}
+    assert worker.median_gap([start, start + 0.0101, start + 0.0202, start + 0.5]) == pytest.approx(0.0101, abs=1e-6)
 
 
 def test_figures_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
     results = {"link": link_results(), "loss": loss_results()}
-    drawn = _plots.draw(results, tmp_path)
+    drawn = bench.draw(results, tmp_path)
     assert [path.name for path in drawn] == ["streaming_diloco_loss.png", "streaming_diloco_link.png"]
     assert all(path.stat().st_size > 10_000 for path in drawn)
-    assert _plots.draw({"link": {"skipped": "no root"}}, tmp_path) == []
+    assert bench.draw({"link": {"skipped": "no root"}}, tmp_path) == []
 
 
 def test_two_workers_measure_a_fit() -> None:
-    job = _worker.Job(
+    job = worker.Job(
         "streaming", steps=16, sync_every=8, batch_size=2, val_every=8, val_crops=64, options={"overlap_steps": 1}
     )
-    first, second = _worker.run(job)
+    first, second = worker.run(job)
     # Fragments of 34 944, 149 184 and 149 184 weights, due at 8 16, 2 10 and 5 13; 65 bytes for 128 weights.
     sizes = [34_944, 149_184, 149_184]
     assert first["parameters"] == sum(sizes) == WEIGHTS
@@ -111,15 +84,15 @@ def test_two_workers_measure_a_fit() -> None:
 
 @pytest.mark.slow
 def test_bytes_on_a_throttled_link_are_those_of_the_method(tmp_path: Path) -> None:
-    reason = _netns.why_not()
+    reason = netns.why_not()
     if reason is not None:
         pytest.skip(reason)
-    with _netns.link(200) as places:
-        ddp = _worker.run(_worker.Job("ddp", steps=4, wire=True), places)
-        local = _worker.run(_worker.Job("post_local_sgd", steps=4, sync_every=2, wire=True), places)
-    for workers, rounds in ((ddp, 4), (local, 2)):
-        for worker in workers:
-            assert worker["payload_bytes"] == rounds * 4 * WEIGHTS
-            assert 1 < worker["wire_bytes"] / worker["payload_bytes"] < 1.15
+    with netns.link(200) as places:
+        ddp = worker.run(worker.Job("ddp", steps=4, wire=True), places)
+        local = worker.run(worker.Job("post_local_sgd", steps=4, sync_every=2, wire=True), places)
+    for measured, rounds in ((ddp, 4), (local, 2)):
+        for one in measured:
+            assert one["payload_bytes"] == rounds * 4 * WEIGHTS
+            assert 1 < one["wire_bytes"] / one["payload_bytes"] < 1.15
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert places[0].prefix[-1] not in left

@@ -1,15 +1,31 @@
-"""A small network and the dense matrices of its loss, by functional transforms in double precision."""
+"""Losses with known curvature: of a small network, by functional transforms in double precision, and of a quadratic."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 CLASSES = 3
+D = torch.tensor([6.0, 3.0, 2.0, 0.5, 0.02, -0.01, -1.0], dtype=torch.float64)
+SCALARS_OF_D = {  # of the quadratic with these curvatures, by as many Lanczos steps from two probes, `near_zero` 0.004
+    "lambda_max": 6.0,
+    "lambda_min": -1.0,
+    "trace": float(D.sum()),
+    "trace_stderr": 0.0,
+    "frobenius": float(D.norm()),
+    "negative_mass": 1.01 / float(D.abs().sum()),
+    "near_zero_fraction": 2 / 7,
+    "bulk_median": 1.0,
+    "outliers": 4.0,
+    "outlier_gap": 25.0,
+    "gradient_overlap": 1.0,
+    "n_products": 14.0,
+}
 
 
 def network(seed: int = 0, hidden: int = 6) -> nn.Sequential:
@@ -27,6 +43,20 @@ def batch(loss: Loss = cross_entropy, n: int = 10, seed: int = 1) -> tuple[Tenso
 def penalty(params: list[Tensor]) -> Tensor:
     """Not quadratic, so that its Hessian depends on the weights."""
     return sum((param.square().sum() ** 2 for param in params), torch.zeros((), dtype=torch.float64))
+
+
+class SquaredOnce(torch.autograd.Function):
+    """Has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
 
 
 class Dense:
@@ -74,6 +104,3 @@ class Dense:
         ]
         gradients = torch.stack(rows)
         return gradients.T @ gradients / len(rows) + hessian(self.past)(self.theta)
-
-
-__all__ = ["CLASSES", "Dense", "Loss", "batch", "cross_entropy", "mse_loss", "network", "penalty"]

@@ -14,7 +14,7 @@ from fulgurite.plugins.linalg import (
     LossOperator,
     record_loss,
 )
-from tests.plugins.linalg.dense import CLASSES, Dense, Loss, batch, network, penalty
+from tests.plugins.linalg.dense import CLASSES, Dense, Loss, SquaredOnce, batch, network, penalty
 
 LOSSES: list[Loss] = [F.cross_entropy, F.mse_loss]
 close = torch.testing.assert_close
@@ -268,22 +268,10 @@ def test_parameters_that_left_the_graph_are_refused() -> None:
         op @ torch.ones(51)
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
-
-
 def test_an_operation_without_second_derivative_is_named() -> None:
     net, (x, y) = network(), batch()
     with record_loss() as rec:
-        rec.finish(F.cross_entropy(Once.apply(net(x)), y))
+        rec.finish(F.cross_entropy(SquaredOnce.apply(net(x)), y))
     with pytest.raises(RuntimeError, match=r"lacks a derivative: .*once_differentiable"):
         HessianOperator(rec.graph, net.parameters()) @ torch.ones(51)
 

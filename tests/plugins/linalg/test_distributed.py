@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from fulgurite.plugins.linalg import (
@@ -19,7 +20,7 @@ from fulgurite.plugins.linalg import (
     record_loss,
     slq,
 )
-from tests.plugins.linalg.dense import batch, cross_entropy, network
+from tests.plugins.linalg.dense import batch, network
 from tests.plugins.linalg.test_module_loss import Plain
 from tests.suites.processes import in_processes
 

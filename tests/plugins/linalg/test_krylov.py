@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from fulgurite.plugins.linalg import (
     DenseOperator,
@@ -14,7 +15,7 @@ from fulgurite.plugins.linalg import (
     eigsh,
     lanczos,
 )
-from tests.plugins.linalg.dense import Dense, batch, mse_loss, network
+from tests.plugins.linalg.dense import Dense, batch, network
 from tests.plugins.linalg.test_module_loss import Plain
 
 close = torch.testing.assert_close

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from fulgurite.plugins.linalg import HessianOperator, ModuleLoss, SpectrumRecord, spectrum
 from fulgurite.plugins.linalg.spectrum import outliers
-from tests.plugins.linalg.dense import CLASSES, Dense, batch, network
+from tests.plugins.linalg.dense import CLASSES, SCALARS_OF_D, D, Dense, batch, network
 from tests.plugins.linalg.test_module_loss import Plain
 from tests.suites.processes import in_processes
 
 close = torch.testing.assert_close
-D = torch.tensor([6.0, 3.0, 2.0, 0.5, 0.02, -0.01, -1.0], dtype=torch.float64)
 
 
 class Quadratic(nn.Module):
@@ -51,25 +50,9 @@ def plain(n_probes: int = 2, rank: int | None = None, **kwargs: Any) -> Spectrum
 def test_scalars_of_a_diagonal_quadratic_are_exact() -> None:
     record = quadratic(D.diag(), k=7, n_probes=2, near_zero=0.004, step=5)
     close(record.eigenvalues, D)
-    expected = {
-        "lambda_max": 6.0,
-        "lambda_min": -1.0,
-        "trace": float(D.sum()),
-        "trace_stderr": 0.0,
-        "frobenius": float(D.norm()),
-        "negative_mass": 1.01 / float(D.abs().sum()),
-        "near_zero_fraction": 2 / 7,
-        "bulk_median": 1.0,
-        "outliers": 4.0,
-        "outlier_gap": 25.0,
-        "gradient_overlap": 1.0,
-    }
     assert record.step == 5
-    for name, value in expected.items():
-        assert record.scalars[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
-    assert record.scalars["n_products"] == 14
+    assert record.scalars == pytest.approx(SCALARS_OF_D | {"seconds": record.scalars["seconds"]}, rel=1e-6, abs=1e-9)
     assert record.scalars["seconds"] > 0
-    assert not {"ggn_trace", "drift", "gap_at_classes", "residual_ratio"} & record.scalars.keys()
     assert not record.measure.runs
     assert "trace_stderr" not in quadratic(D.diag(), k=7, n_probes=1).scalars
 
