@@ -183,7 +183,7 @@ class FedSpeed(BaseOptimizer):
 
         Raises:
             RuntimeError: if a round is open.
-            ValueError: if ``state`` does not fit the parameters.
+            ValueError: ``state`` does not fit the parameters.
         """
         if self._in_round():
             raise RuntimeError("`begin_round` was called in an open round: call `end_round` first")
