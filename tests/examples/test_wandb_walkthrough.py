@@ -74,7 +74,7 @@ def test_wandb_has_settings_scalars_figures_and_a_table(example: ModuleType, pri
     assert stored.config["model"]["optimizer"]["init_args"]["lr"] == 0.3
 
     assert stored.axes["*"] == "trainer/global_step"
-    assert set(stored.axes.values()) == {"trainer/global_step"}  # W&B before 0.20 lists each metric as well
+    assert set(stored.axes.values()) == {"trainer/global_step"}  # W&B 0.19 lists each metric as well
     assert all("trainer/global_step" in row for row in stored.history if set(row) - {"_step", "_runtime", "_timestamp"})
     assert [step for step, _ in stored.curve("hessian/lambda_max")] == [4, 8]
     assert [step for step, _ in stored.curve("coherence/alpha_m")] == [0, 2, 4, 6]
