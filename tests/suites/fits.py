@@ -1,7 +1,9 @@
 """Short fits in forked processes, and what each process had at their end."""
 
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -95,6 +97,12 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: 
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def loaded_without_fulgurite(path: Path) -> dict[str, Any]:
+    """A checkpoint, as a process without Fulgurite would read it."""
+    with patch.dict(sys.modules, {name: None for name in sys.modules if name.partition(".")[0] == "fulgurite"}):
+        return torch.load(path, weights_only=True)
 
 
 def assert_refused(

@@ -1,9 +1,6 @@
 """The common suite for callbacks that watch: a new one adds a row to ``CASES`` and passes."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +21,8 @@ from typing_extensions import override
 
 from fulgurite.callbacks import GradientCoherence, HessianSpectrum, RobustValidation
 from fulgurite.plugins.federated import PGD
-from tests.suites.fits import assert_same
+from tests.suites.fits import assert_same, loaded_without_fulgurite
 
-ROOT = Path(__file__).parents[2]
 CLASSES = 3
 
 
@@ -222,14 +218,7 @@ def test_a_checkpoint_loads_without_fulgurite_and_without_the_callback(case: Cas
     checkpoint = ModelCheckpoint(tmp_path, "last", every_n_train_steps=4)
     fit(tmp_path, [callback, checkpoint], max_epochs=1)
     assert_plain(callback.state_dict())
-    code = """
-import sys
-sys.modules["fulgurite"] = None
-import torch
-torch.load(sys.argv[1], weights_only=True)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "last.ckpt")]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    loaded_without_fulgurite(tmp_path / "last.ckpt")
     fit(tmp_path / "more", [], ckpt_path=tmp_path / "last.ckpt")
 
 

@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 import fulgurite.strategies
 from fulgurite.plugins.comm.coding_schemes import Scheme
 from fulgurite.plugins.federated import PGD
-from tests.suites.fits import assert_same, fit, make
+from tests.suites.fits import assert_same, fit, loaded_without_fulgurite, make
 from tests.suites.models import Compiled, Manual, Normalised, Pixels, Regressor, Scheduled
 
 ROOT = Path(__file__).parents[2]
@@ -269,16 +269,7 @@ def test_a_checkpoint_loads_without_fulgurite(case: Case, tmp_path: Path) -> Non
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best")
     options = quiet(tmp_path, **case.trainer)
     Trainer(strategy=case.make(), max_epochs=3, callbacks=[checkpoint], **options).fit(Regressor())
-    code = """
-import sys
-sys.modules["fulgurite"] = None
-import torch
-from tests.suites.models import Regressor
-checkpoint = torch.load(sys.argv[1], weights_only=True)
-Regressor().load_state_dict(checkpoint["state_dict"])
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "best.ckpt")]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    Regressor().load_state_dict(loaded_without_fulgurite(tmp_path / "best.ckpt")["state_dict"])
     Regressor.load_from_checkpoint(tmp_path / "best.ckpt", make_optimizer=torch.optim.SGD, weights_only=True)
 
 
