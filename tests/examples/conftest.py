@@ -3,6 +3,7 @@
 import importlib
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +16,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """``examples/NAME.py`` in ``test_NAME.py``; what it silences is heard again after the test."""
+    name = request.path.stem.removeprefix("test_")
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])  # LightningCLI warns of arguments in two places
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
-    yield importlib.import_module(request.path.stem.removeprefix("test_"))
+    yield importlib.import_module(name)
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
 

@@ -1,33 +1,18 @@
 """The demo's promises, on a tenth of its steps."""
 
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    import demo
-
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    yield demo
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-
 
 def test_three_trainings_a_table_a_figure_and_their_records(
-    demo: ModuleType, tmp_path: Path, printed: Callable[[], str]
+    example: ModuleType, tmp_path: Path, printed: Callable[[], str]
 ) -> None:
     steps, sync_every = 40, 10
-    runs = demo.main(steps, sync_every, folder=tmp_path)
+    runs = example.main(steps, sync_every, folder=tmp_path)
 
     assert [run.name for run in runs] == ["DDP", "DiLoCo", "Streaming DiLoCo"]
     for run in runs:
@@ -49,7 +34,7 @@ def test_three_trainings_a_table_a_figure_and_their_records(
     for run in runs:
         (row,) = (line for line in out.splitlines() if line.startswith(f" {run.name} ") and "━" not in line)
         assert f" {run.nats[-1]:.3f} " in row
-        assert f" {demo.megabytes(run.bytes_sent[-1])}" in row
+        assert f" {example.megabytes(run.bytes_sent[-1])}" in row
 
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     records = sorted((tmp_path / "runs" / "demo" / "wandb").glob("offline-run-*"))
@@ -60,7 +45,7 @@ def test_three_trainings_a_table_a_figure_and_their_records(
         assert (b"diloco/bytes_sent" in data.read_bytes()) == (run is not ddp)
 
 
-def test_ddp_sends_by_the_formula_of_a_ring(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddp_sends_by_the_formula_of_a_ring(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
 
@@ -74,4 +59,4 @@ def test_ddp_sends_by_the_formula_of_a_ring(demo: ModuleType, monkeypatch: pytes
     for world_size, share in ((1, 0.0), (2, 1.0), (4, 1.5)):
         monkeypatch.setattr(Trainer, "world_size", world_size)
         monkeypatch.setattr(Trainer, "global_step", 3)
-        assert demo.traffic(trainer) == {"diloco/bytes_sent": share * 16 * 3, "diloco/peak_bytes": 16}
+        assert example.traffic(trainer) == {"diloco/bytes_sent": share * 16 * 3, "diloco/peak_bytes": 16}

@@ -5,18 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUN = Path("runs/federated")  # in the test's own folder
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", ["federated.py"])  # LightningCLI warns of arguments in two places
 
 
 def command(rounds: int, *more: str) -> list[str]:
@@ -39,32 +34,28 @@ def check_checkpoint(path: Path, accuracy: float) -> None:
         assert (model(images).argmax(1) == labels).float().mean().item() == pytest.approx(accuracy)
 
 
-def test_it_trains_writes_checkpoints_and_resumes() -> None:
-    from federated import main
-
+def test_it_trains_writes_checkpoints_and_resumes(example: ModuleType) -> None:
     forked = "--trainer.strategy.init_args.start_method=fork"
-    main(command(4, forked))
+    example.main(command(4, forked))
     last = RUN / "version_0" / "checkpoints" / "last.ckpt"
     check_checkpoint(last, column(0, "val/acc")[-1])
-    main(command(6, forked, f"--ckpt_path={last}"))
-    main(command(6, forked))
+    example.main(command(6, forked, f"--ckpt_path={last}"))
+    example.main(command(6, forked))
     assert column(1, "fed/round") == [4, 5]
     assert column(1, "fal/robust_acc") == column(2, "fal/robust_acc")[-1:]
     assert column(1, "fed/drift") == column(2, "fed/drift")[-2:]
 
 
-def test_plain_federated_averaging_by_flags() -> None:
-    from federated import main
-
+def test_plain_federated_averaging_by_flags(example: ModuleType) -> None:
     flags = ["--trainer.strategy=fulgurite.strategies.FederatedStrategy", "--trainer.strategy.num_clients=20"]
     flags += ["--trainer.strategy.start_method=fork", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.3"]
-    main(command(2, *flags))
+    example.main(command(2, *flags))
     assert column(0, "fed/clients") == [20, 20]
 
 
 @pytest.mark.slow
-def test_it_starts_as_its_docstring_says() -> None:
-    process = [sys.executable, str(EXAMPLES / "federated.py"), *command(2)]
+def test_it_starts_as_its_docstring_says(example: ModuleType) -> None:
+    process = [sys.executable, example.__file__, *command(2)]
     done = subprocess.run(process, env=os.environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     check_checkpoint(RUN / "version_0" / "checkpoints" / "epoch=1.ckpt", column(0, "val/acc")[-1])

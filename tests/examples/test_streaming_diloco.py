@@ -6,18 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUN = Path("runs/streaming_diloco")  # in the test's own folder
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", ["streaming_diloco.py"])  # LightningCLI warns of arguments in two places
 
 
 def command(max_steps: int, *more: str) -> list[str]:
@@ -47,18 +42,16 @@ def check_checkpoint(path: Path, step: int) -> None:
     assert torch.stack(losses).mean().item() == pytest.approx(logged, rel=1e-5)  # the weights that were validated
 
 
-def test_it_trains_writes_checkpoints_and_resumes() -> None:
-    from streaming_diloco import main
-
+def test_it_trains_writes_checkpoints_and_resumes(example: ModuleType) -> None:
     forked = "--trainer.strategy.init_args.start_method=fork"
-    main(command(40, forked))
+    example.main(command(40, forked))
     losses = held_out(0)
     assert sorted(losses) == [20, 40]
     assert losses[40] < losses[20] < math.log(256)
     last = RUN / "version_0" / "checkpoints" / "last.ckpt"
     check_checkpoint(last, step=40)
 
-    main(command(60, forked, f"--ckpt_path={last}"))
+    example.main(command(60, forked, f"--ckpt_path={last}"))
     assert sorted(held_out(1)) == [60]
     check_checkpoint(RUN / "version_1" / "checkpoints" / "last.ckpt", step=60)
 
@@ -67,8 +60,8 @@ def test_it_trains_writes_checkpoints_and_resumes() -> None:
 @pytest.mark.parametrize(
     "launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]], ids=["script", "torchrun"]
 )
-def test_it_starts_as_its_docstring_says(launcher: list[str]) -> None:
-    process = [sys.executable, *launcher, str(EXAMPLES / "streaming_diloco.py"), *command(40)]
+def test_it_starts_as_its_docstring_says(launcher: list[str], example: ModuleType) -> None:
+    process = [sys.executable, *launcher, example.__file__, *command(40)]
     done = subprocess.run(process, env=os.environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     check_checkpoint(RUN / "version_0" / "checkpoints" / "step=40.ckpt", step=40)

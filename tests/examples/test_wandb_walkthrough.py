@@ -31,8 +31,7 @@ PNG = b"\x89PNG"
 
 
 @pytest.fixture(autouse=True)
-def as_a_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "argv", ["wandb_walkthrough.py"])  # LightningCLI warns of arguments in two places
+def in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     wandb.teardown()  # its process stays in the folder where it began, and each test has another

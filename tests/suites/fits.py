@@ -101,6 +101,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: 
 
 def loaded_without_fulgurite(path: Path) -> dict[str, Any]:
     """A checkpoint, as a process without Fulgurite would read it."""
+    assert "fulgurite" not in str(torch.serialization.get_safe_globals())  # or it would read what another refuses
     with patch.dict(sys.modules, {name: None for name in sys.modules if name.partition(".")[0] == "fulgurite"}):
         return torch.load(path, weights_only=True)
 
