@@ -554,7 +554,7 @@ def raises() -> None:
 
 
 def test_an_error_in_one_process_reaches_all(tmp_path: Path) -> None:
-    errors = errors_of(tmp_path, raises, s=1)
+    errors = errors_of(tmp_path, raises, s=1, mu=1e6)  # whoever is slow is waited for, and comes to that batch
     assert errors[1] == "in the user's code"
     assert {errors.get(0), errors.get(2)} & {"rank 1 has failed: ZeroDivisionError: in the user's code"}
 
